@@ -1,0 +1,15 @@
+/// Everything public.
+#pragma once
+#include "subquad/bucket_attention.h"
+#include "subquad/bucket_gradient.h"
+#include "subquad/bucket_sort.h"
+#include "subquad/collision_attention.h"
+#include "subquad/cpu.h"
+#include "subquad/dtype.h"
+#include "subquad/error.h"
+#include "subquad/l2_normalize.h"
+#include "subquad/lsh_hash.h"
+#include "subquad/queue.h"
+#include "subquad/random.h"
+#include "subquad/tensor.h"
+#include "subquad/yoso_attention.h"

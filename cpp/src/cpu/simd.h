@@ -1,0 +1,214 @@
+/// The vocabulary of the CPU kernels: vectors of kLanes floats, the same words on every row.
+///
+/// GCC and clang vector extensions carry the arithmetic; intrinsics appear only where a row has an instruction that the
+/// extensions cannot name. Everything here is static: an inline function compiled for AVX-512 must never become the copy
+/// that the linker keeps for the whole program.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "subquad/dtype.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace subquad::cpu::SUBQUAD_ISA {
+
+template <int... L>
+struct Lanes {};
+
+#if defined(__AVX512F__)
+static constexpr int kLanes = 16;
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+#elif defined(__AVX2__)
+static constexpr int kLanes = 8;
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;
+#else
+static constexpr int kLanes = 4;
+using AllLanes = Lanes<0, 1, 2, 3>;
+#endif
+
+typedef float F32 __attribute__((vector_size(kLanes * 4)));
+typedef int32_t I32 __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t U32 __attribute__((vector_size(kLanes * 4)));
+typedef float LooseF32 __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t LooseI32 __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+static inline F32 set(float x) { return F32{} + x; }
+static inline I32 set(int32_t x) { return I32{} + x; }
+static inline U32 set(uint32_t x) { return U32{} + x; }
+
+static inline I32 lane_index() {
+  I32 index;
+  for (int i = 0; i < kLanes; ++i) index[i] = i;
+  return index;
+}
+
+static inline F32 as_f32(I32 x) { return (F32)x; }
+static inline F32 as_f32(U32 x) { return (F32)x; }
+static inline I32 as_i32(F32 x) { return (I32)x; }
+static inline U32 as_u32(F32 x) { return (U32)x; }
+
+/// Lanes of `a` where the mask (all ones or all zeros, as comparisons give) is set, else lanes of `b`.
+static inline F32 select(I32 mask, F32 a, F32 b) { return mask ? a : b; }
+static inline I32 select(I32 mask, I32 a, I32 b) { return mask ? a : b; }
+
+static inline F32 load(const float* p) { return *(const LooseF32*)p; }
+static inline I32 load(const int32_t* p) { return *(const LooseI32*)p; }
+static inline void store(float* p, F32 x) { *(LooseF32*)p = x; }
+static inline void store(int32_t* p, I32 x) { *(LooseI32*)p = x; }
+
+/// a * b + c with one rounding where the row has the instruction (the floor row has two roundings).
+static inline F32 fma(F32 a, F32 b, F32 c) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (F32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+/// Lane-wise; if either lane is NaN the result is the lane of `b`.
+static inline F32 min(F32 a, F32 b) { return a < b ? a : b; }
+static inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
+
+static inline F32 abs(F32 x) { return as_f32(as_u32(x) & set(0x7fffffffu)); }
+
+static inline F32 sqrt(F32 x) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (F32)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+  return (F32)_mm_sqrt_ps((__m128)x);
+#elif defined(__aarch64__)
+  return (F32)vsqrtq_f32((float32x4_t)x);
+#endif
+}
+
+static inline float sqrt(float x) { return sqrt(set(x))[0]; }
+
+/// Sum of the lanes, as a balanced tree: the order is the row's own.
+static inline float reduce_add(F32 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float lane[kLanes];
+  store(lane, x);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+#endif
+}
+
+static inline float reduce_max(F32 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float best = x[0];
+  for (int i = 1; i < kLanes; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+#endif
+}
+
+// ---- 16-bit storage -----------------------------------------------------------------------------------------------
+
+static inline F32 load(const bfloat16* p) {
+  typedef uint16_t U16 __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+  const U16 bits = *(const U16*)p;
+  return as_f32(__builtin_convertvector(bits, U32) << 16);
+}
+
+static inline F32 load(const half* p) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (F32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+  return (F32)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p)));
+#else
+  F32 x;
+  for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
+  return x;
+#endif
+}
+
+static inline void store(bfloat16* p, F32 x) {
+  typedef uint16_t U16 __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+  const U32 u = as_u32(x);
+  const U32 rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  const U32 nan = u >> 16 | 0x40u;
+  const U32 bits = (u & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+  *(U16*)p = __builtin_convertvector(bits, U16);
+}
+
+static inline void store(half* p, F32 x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_u16((uint16_t*)p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
+#else
+  for (int i = 0; i < kLanes; ++i) from_float(x[i], p + i);
+#endif
+}
+
+/// The first `n` < kLanes elements, zero behind them; nothing past them is touched.
+template <class T>
+static inline F32 load_part(const T* p, int64_t n) {
+  T lane[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lane[i] = p[i];
+  return load(lane);
+}
+
+template <class T>
+static inline void store_part(T* p, F32 x, int64_t n) {
+  T lane[kLanes];
+  store(lane, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = lane[i];
+}
+
+// ---- rows ---------------------------------------------------------------------------------------------------------
+
+/// dst[0..n) = src[0..n) as float.
+template <class T>
+static inline void widen(const T* src, float* dst, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
+  for (; i < n; ++i) dst[i] = to_float(src[i]);
+}
+
+/// dst[0..n) = src[0..n) rounded to T.
+template <class T>
+static inline void narrow(const float* src, T* dst, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
+  for (; i < n; ++i) from_float(src[i], dst + i);
+}
+
+/// Swaps the off-diagonal Step x Step blocks of two vectors.
+template <int Step, int... L>
+static inline void exchange(F32& a, F32& b, Lanes<L...>) {
+  const F32 low = __builtin_shufflevector(a, b, ((L & Step) ? kLanes + L - Step : L)...);
+  b = __builtin_shufflevector(a, b, ((L & Step) ? kLanes + L : L + Step)...);
+  a = low;
+}
+
+template <int Step>
+static inline void exchange_all(F32* x) {
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & Step)) exchange<Step>(x[i], x[i + Step], AllLanes{});
+  if constexpr (2 * Step < kLanes) exchange_all<2 * Step>(x);
+}
+
+/// kLanes x kLanes: row i of the result is lane i of every input.
+static inline void transpose(F32 (&x)[kLanes]) { exchange_all<1>(x); }
+
+}  // namespace subquad::cpu::SUBQUAD_ISA
