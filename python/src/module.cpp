@@ -1,0 +1,41 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "call.h"
+#include "subquad/cpu.h"
+#include "subquad/error.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+/// The most derived error first: nanobind asks its translators in reverse order of registration.
+void bind_errors(nb::module_& m) {
+  nb::exception<subquad::Unsupported>(m, "UnsupportedError", PyExc_NotImplementedError);
+  nb::register_exception_translator([](const std::exception_ptr& error, void*) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const subquad::TypeMismatch& e) {
+      PyErr_SetString(PyExc_TypeError, e.what());
+    }
+  });
+}
+
+void bind_cpu(nb::module_& m) {
+  m.def("cpu_isa", &subquad::cpu::isa);
+  m.def("cpu_set_isa", &subquad::cpu::set_isa, nb::arg("name"));
+  m.def("cpu_available", &subquad::cpu::available);
+  m.def("cpu_compiled", &subquad::cpu::compiled);
+  m.def("num_threads", &subquad::default_num_threads);
+}
+
+}  // namespace
+
+NB_MODULE(_ext, m) {
+  bind_errors(m);
+  bind_cpu(m);
+  subquad::python::bind_hashing(m);
+  subquad::python::bind_methods(m);
+  subquad::python::bind_border_probe(m);
+}

@@ -1,0 +1,137 @@
+"""Outputs in the caller's own array type: the only module that knows how each framework makes an empty array."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+Array = Any
+_ALIGNMENT = 64  # jax takes a numpy buffer without a copy only at this alignment
+
+
+class Numpy:
+    """numpy arrays; bfloat16 by ml_dtypes."""
+
+    @staticmethod
+    def enter(x: Array) -> Array:
+        return x
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], dtype: str | None, like: Array) -> Array:
+        return np.empty(shape, like.dtype if dtype is None else dtype)
+
+    @staticmethod
+    def leave(x: Array) -> Array:
+        return x
+
+
+class Torch(Numpy):
+    @staticmethod
+    def empty(shape: tuple[int, ...], dtype: str | None, like: Array) -> Array:
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=like.dtype if dtype is None else getattr(torch, dtype), device=like.device)
+
+
+class Cupy(Numpy):
+    @staticmethod
+    def empty(shape: tuple[int, ...], dtype: str | None, like: Array) -> Array:
+        cupy = sys.modules["cupy"]
+        with like.device:
+            return cupy.empty(shape, like.dtype if dtype is None else dtype)
+
+
+class Jax(Numpy):
+    """Eager jax arrays on the CPU: read as numpy views, returned from buffers that jax can adopt. jax arrays are immutable,
+    so no kernel ever sees one as an output."""
+
+    @staticmethod
+    def enter(x: Array) -> Array:
+        if isinstance(x, sys.modules["jax"].core.Tracer):
+            raise TypeError("expected a concrete array, got a jax tracer: use subquad.jax inside jit, grad and vmap")
+        devices = {d.platform for d in x.devices()}
+        if devices != {"cpu"}:
+            raise TypeError(f"expected a jax array on the cpu, got one on {', '.join(sorted(devices))}")
+        return np.asarray(x)
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], dtype: str | None, like: Array) -> Array:
+        dtype = np.dtype(like.dtype if dtype is None else dtype)
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        raw = np.empty(size + _ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % _ALIGNMENT
+        return raw[start : start + size].view(dtype).reshape(shape)
+
+    @staticmethod
+    def leave(x: Array) -> Array:
+        return sys.modules["jax"].numpy.asarray(x)
+
+
+_FRAMEWORKS = {"numpy": Numpy, "torch": Torch, "cupy": Cupy, "jax": Jax, "jaxlib": Jax}
+_by_type: dict[type, Any] = {}
+
+
+def framework_of(op: str, name: str, x: Array) -> Any:
+    """The class above that serves the type of `x`. TypeError for what is no array of a known framework."""
+    kind = type(x)
+    found = _by_type.get(kind)
+    if found is None:
+        found = next((f for base in kind.__mro__ if (f := _FRAMEWORKS.get(base.__module__.split(".")[0]))), None)
+        if found is None or not hasattr(x, "shape") or isinstance(x, np.generic):
+            got = kind.__name__
+            raise TypeError(f"[{op}] {name}: expected an array (numpy, torch, cupy or jax), got {got}")
+        _by_type[kind] = found
+    return found
+
+
+class Call:
+    """The arrays of one call, converted once, and outputs to match them."""
+
+    def __init__(self, op: str, **arrays: Array):
+        self.op = op
+        name, first = next(iter(arrays.items()))
+        self.framework = framework_of(op, name, first)
+        self.arrays = {}
+        for name, x in arrays.items():
+            self.arrays[name] = self.enter(name, x)
+
+    def enter(self, name: str, x: Array) -> Array:
+        """`x` as the compiled module takes it; None stays None."""
+        if x is None:
+            return None
+        if framework_of(self.op, name, x) is not self.framework:
+            first = next(iter(self.arrays))
+            raise TypeError(
+                f"[{self.op}] {name}: expected an array of the same framework as {first}, got {type(x).__module__}."
+                f"{type(x).__name__}"
+            )
+        try:
+            return self.framework.enter(x)
+        except TypeError as error:
+            raise TypeError(f"[{self.op}] {name}: {error}") from None
+
+    def shape(self, name: str, letters: str) -> tuple[int, ...]:
+        """The shape of a required array; ValueError if its rank is not the number of letters."""
+        shape = tuple(self.arrays[name].shape)
+        axes = letters.split()
+        if len(shape) != len(axes):
+            raise ValueError(f"[{self.op}] {name}: expected shape [{', '.join(axes)}], got {list(shape)}")
+        return shape
+
+    def empty(self, shape: tuple[int, ...], like: str, dtype: str | None = None) -> Array:
+        """A new array for results, of the dtype of argument `like` unless another is named."""
+        return self.framework.empty(shape, dtype, self.arrays[like])
+
+    def out(self, out: Array, shape: tuple[int, ...], like: str, dtype: str | None = None) -> Array:
+        """The caller's `out`, or a new array."""
+        if out is None:
+            return self.empty(shape, like, dtype)
+        if self.framework is Jax:
+            raise TypeError(f"[{self.op}] out: expected None for jax arrays, which are immutable, got an array")
+        return self.enter("out", out)
+
+    def leave(self, *results: Array) -> Array:
+        """Results in the caller's array type: one array, or a tuple of several."""
+        converted = tuple(self.framework.leave(r) for r in results)
+        return converted[0] if len(converted) == 1 else converted
