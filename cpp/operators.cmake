@@ -10,4 +10,5 @@ set(SUBQUAD_OPERATORS
 set(SUBQUAD_METHODS
   yoso_attention)
 # Operators with an own AMX kernel in cpu/amx.
-set(SUBQUAD_AMX_OPERATORS)
+set(SUBQUAD_AMX_OPERATORS
+  collision_attention)

@@ -76,3 +76,23 @@ def assert_budget(actual, exact64, plain, factor=2.0, floor=0.0, dtype=None, wha
                 f"floor {eps * magnitude + floor:.3e}); worst at {where}: got {actual[where]!r}, "
                 f"expected {exact[where]!r}, plain {plain[where]!r}; {(error > budget).sum()} of {error.size} exceed it"
             )
+
+
+def redrawn_floor(plain, q, k, exact, gradients=None, draws=10):
+    """Twice the largest error of the plain float32 formula `plain(q, k)` over other draws of its roundings: the same
+    directions at other row lengths, with the dimensions in another order. On a handful of numbers one evaluation may be
+    exact by luck, and near-parallel rows amplify one rounding to any size. `gradients` = positions of dq and dk in the
+    results, which are turned back."""
+    rng = np.random.default_rng(12345)
+    exact = exact if isinstance(exact, tuple) else (exact,)
+    floors = [0.0] * len(exact)
+    for _ in range(draws):
+        order = rng.permutation(q.shape[-1])
+        lengths = [rng.uniform(1, 2, (*x.shape[:-1], 1)) for x in (q, k)]
+        results = plain(*((x * length)[..., order] for x, length in zip((q, k), lengths, strict=True)))
+        for i, (result, truth) in enumerate(zip(results if isinstance(results, tuple) else (results,), exact, strict=True)):
+            if gradients and i in gradients:
+                result = result[..., np.argsort(order)] * lengths[gradients.index(i)]
+            error = np.abs(result - truth)
+            floors[i] = max(floors[i], 2 * float(error[np.isfinite(error)].max(initial=0)))
+    return floors

@@ -2,6 +2,8 @@
 #pragma once
 #include <nanobind/nanobind.h>
 
+#include <type_traits>
+
 #include "array.h"
 
 namespace subquad::python {
@@ -18,6 +20,12 @@ void run_with_workspace(Border& border, Bytes&& bytes, Run&& run) {
 /// An output that the caller may leave out: None is an undefined tensor.
 inline Tensor optional_out(Border& border, const char* name, nb::handle array) {
   return array.is_none() ? Tensor{} : border.out(name, array);
+}
+
+/// Binds a function all of whose arguments may be None: what is missing is the function's own error, in its own words.
+template <class R, class... A>
+void define(nb::module_& m, const char* name, R (*function)(A...)) {
+  m.def(name, function, ((void)sizeof(std::decay_t<A>), nb::arg().none())...);
 }
 
 void bind_hashing(nb::module_& m);

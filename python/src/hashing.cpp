@@ -15,10 +15,13 @@ using nb::handle;
 using RandomFunction = void (*)(const Queue&, Seed, uint32_t, Tensor);
 
 template <RandomFunction Function>
-void random(const char* op, handle seed_value, handle stream, handle out) {
+void random(handle seed_value, handle stream, handle out) {
+  constexpr const char* op = Function == &random_uniform  ? "random_uniform"
+                             : Function == &random_normal ? "random_normal"
+                                                          : "random_signs";
   Border border(op);
   const Tensor tensor = border.out("out", out);
-  const Seed key = seed(op, seed_value);
+  const Seed key = border.seed(seed_value);
   const int64_t number = integer(op, "stream", stream);
   if (number < 0 || number > int64_t(UINT32_MAX))
     throw std::invalid_argument(sentence(op, "stream", "a value in [0, 4294967295]", std::to_string(number)));
@@ -120,7 +123,7 @@ void gradient(handle dout_, handle q_, handle k_, handle v_, handle codes_q_, ha
   options.hash_bits = integer(op, "hash_bits", hash_bits);
   options.num_samples = integer(op, "num_samples", num_samples);
   options.rule = rule_of(op, grad);
-  options.seed = seed(op, seed_value);
+  options.seed = border.seed(seed_value);
   options.is_causal = boolean(op, "is_causal", is_causal);
   options.key_mask = border.in("key_mask", key_mask);
   options.query_mask = border.in("query_mask", query_mask);
@@ -185,26 +188,28 @@ void normalize_bwd(handle dy_, handle y_, handle lse_, handle dx_) {
   l2_normalize_bwd(queue, dy, y, lse, dx);
 }
 
+int64_t parts(int64_t num_hashes, int64_t hash_bits, int64_t dim, handle carving) {
+  return hadamard_parts(num_hashes, hash_bits, dim, carving_of("lsh_hash", carving));
+}
+
 }  // namespace
 
 void bind_hashing(nb::module_& m) {
-  m.def("random_uniform", [](handle s, handle i, handle o) { random<random_uniform>("random_uniform", s, i, o); });
-  m.def("random_normal", [](handle s, handle i, handle o) { random<random_normal>("random_normal", s, i, o); });
-  m.def("random_signs", [](handle s, handle i, handle o) { random<random_signs>("random_signs", s, i, o); });
-  m.def("hadamard_parts", [](int64_t num_hashes, int64_t hash_bits, int64_t dim, handle carving) {
-    return hadamard_parts(num_hashes, hash_bits, dim, carving_of("lsh_hash", carving));
-  });
-  m.def("hadamard_padded", &hadamard_padded);
-  m.def("lsh_hash", &hash_planes, nb::arg(), nb::arg(), nb::arg().none());
-  m.def("lsh_hash_hadamard", &hash_signs);
-  m.def("bucket_sort", &sort, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
-  m.def("bucket_attention", &bucket);
-  m.def("bucket_attention_bwd", &bucket_bwd);
-  m.def("bucket_gradient", &gradient);
-  m.def("collision_attention", &collision);
-  m.def("collision_attention_bwd", &collision_bwd);
-  m.def("l2_normalize", &normalize);
-  m.def("l2_normalize_bwd", &normalize_bwd);
+  define(m, "random_uniform", &random<random_uniform>);
+  define(m, "random_normal", &random<random_normal>);
+  define(m, "random_signs", &random<random_signs>);
+  define(m, "hadamard_parts", &parts);
+  define(m, "hadamard_padded", &hadamard_padded);
+  define(m, "lsh_hash", &hash_planes);
+  define(m, "lsh_hash_hadamard", &hash_signs);
+  define(m, "bucket_sort", &sort);
+  define(m, "bucket_attention", &bucket);
+  define(m, "bucket_attention_bwd", &bucket_bwd);
+  define(m, "bucket_gradient", &gradient);
+  define(m, "collision_attention", &collision);
+  define(m, "collision_attention_bwd", &collision_bwd);
+  define(m, "l2_normalize", &normalize);
+  define(m, "l2_normalize_bwd", &normalize_bwd);
 }
 
 }  // namespace subquad::python

@@ -18,7 +18,7 @@ YosoOptions yoso_options(const char* op, Border& border, const nb::dict& keyword
   o.expectation = boolean(op, "expectation", at("expectation"));
   o.is_causal = boolean(op, "is_causal", at("is_causal"));
   o.normalize = boolean(op, "normalize", at("normalize"));
-  o.seed = seed(op, at("seed"));
+  o.seed = border.seed(at("seed"));
   if (!at("grad").is_none())
     o.gradient = choice<YosoGradient>(op, "grad", at("grad"),
                                       {{"sampled", YosoGradient::sampled},
@@ -59,8 +59,8 @@ void yoso_bwd(handle dout_, handle q_, handle k_, handle v_, const nb::dict& key
 }  // namespace
 
 void bind_methods(nb::module_& m) {
-  m.def("yoso_attention", &yoso);
-  m.def("yoso_attention_bwd", &yoso_bwd);
+  define(m, "yoso_attention", &yoso);
+  define(m, "yoso_attention_bwd", &yoso_bwd);
 }
 
 }  // namespace subquad::python

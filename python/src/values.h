@@ -1,6 +1,7 @@
 /// Plain arguments from Python: numbers, switches and choices, with the library's own error sentences.
 #pragma once
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
 
 #include <initializer_list>
 #include <string>
@@ -17,12 +18,12 @@ inline std::string sentence(const char* op, const char* name, const std::string&
   return "[" + std::string(op) + "] " + name + ": expected " + expected + ", got " + got;
 }
 
-inline std::string type_name(nb::handle value) { return nb::cast<std::string>(nb::str(value.type().attr("__name__"))); }
+inline std::string kind_of(nb::handle value) { return nb::cast<std::string>(nb::str(value.type().attr("__name__"))); }
 
 /// An int, or anything with __index__ such as a numpy integer; bool is refused.
 inline int64_t integer(const char* op, const char* name, nb::handle value) {
   if (PyBool_Check(value.ptr()) || !PyIndex_Check(value.ptr()))
-    throw TypeMismatch(sentence(op, name, "an integer", type_name(value)));
+    throw TypeMismatch(sentence(op, name, "an integer", kind_of(value)));
   const nb::object exact = nb::steal(PyNumber_Index(value.ptr()));
   int overflow = 0;
   const long long result = PyLong_AsLongLongAndOverflow(exact.ptr(), &overflow);
@@ -32,11 +33,11 @@ inline int64_t integer(const char* op, const char* name, nb::handle value) {
 
 inline double number(const char* op, const char* name, nb::handle value) {
   if (PyBool_Check(value.ptr()) || !PyNumber_Check(value.ptr()))
-    throw TypeMismatch(sentence(op, name, "a number", type_name(value)));
+    throw TypeMismatch(sentence(op, name, "a number", kind_of(value)));
   const double result = PyFloat_AsDouble(value.ptr());
   if (PyErr_Occurred()) {
     PyErr_Clear();
-    throw TypeMismatch(sentence(op, name, "a number", type_name(value)));
+    throw TypeMismatch(sentence(op, name, "a number", kind_of(value)));
   }
   return result;
 }
@@ -44,7 +45,7 @@ inline double number(const char* op, const char* name, nb::handle value) {
 /// True or False (numpy's too); numbers are refused, they are mistakes more often than not.
 inline bool boolean(const char* op, const char* name, nb::handle value) {
   if (PyBool_Check(value.ptr())) return value.is(Py_True);
-  const std::string type = type_name(value);
+  const std::string type = kind_of(value);
   if (type == "bool" || type == "bool_") return PyObject_IsTrue(value.ptr()) == 1;
   throw TypeMismatch(sentence(op, name, "True or False", type));
 }
@@ -58,7 +59,7 @@ T choice(const char* op, const char* name, nb::handle value, std::initializer_li
     if (is_text && text == word) return result;
     allowed += (allowed.empty() ? "\"" : " or \"") + std::string(word) + "\"";
   }
-  if (!is_text) throw TypeMismatch(sentence(op, name, allowed, type_name(value)));
+  if (!is_text) throw TypeMismatch(sentence(op, name, allowed, kind_of(value)));
   throw std::invalid_argument(sentence(op, name, allowed, "\"" + text + "\""));
 }
 

@@ -113,6 +113,8 @@ class Call:
 
     def shape(self, name: str, letters: str) -> tuple[int, ...]:
         """The shape of a required array; ValueError if its rank is not the number of letters."""
+        if self.arrays[name] is None:
+            raise TypeError(f"[{self.op}] {name}: expected an array (numpy, torch, cupy or jax), got NoneType")
         shape = tuple(self.arrays[name].shape)
         axes = letters.split()
         if len(shape) != len(axes):

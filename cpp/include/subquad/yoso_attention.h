@@ -56,7 +56,7 @@ SUBQUAD_API int64_t yoso_attention_workspace_bytes(const Queue& queue, ConstTens
 /// `options.gradient` says. With `normalize` dout is first pulled back through the division by |X|; a zero row passes none.
 ///
 /// @param dout        [B, H, N, E]  like q
-/// @param out, lse    what the forward pass returned, both or neither; without them the forward pass is recomputed
+/// @param out, lse    what the forward pass returned; optional: without both of them its sum is formed again
 /// @param dq, dk, dv  like q, k, v; every element is written
 SUBQUAD_API void yoso_attention_bwd(const Queue& queue, ConstTensor dout, ConstTensor q, ConstTensor k, ConstTensor v,
                                     const YosoOptions& options, ConstTensor out, ConstTensor lse, Tensor dq, Tensor dk,

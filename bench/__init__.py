@@ -1,0 +1,1 @@
+"""Measurements: speed with the error next to it. Nothing here is a test."""

@@ -1,0 +1,34 @@
+"""`python -m bench NAME [--json FILE] [--base REF]`: one measurement, as a table and as JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from bench.timing import Loaded
+
+NAMES = {
+    "yoso": "YOSO against exact attention: every speed figure of the README",
+    "border": "nanoseconds to convert one and three arrays, per framework",
+    "machine": "copy bandwidth and multiply-add peak of this machine",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    names = "\n".join(f"  {name:10} {text}" for name, text in NAMES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=f"{__doc__}\n\n{names}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of that measurement, see NAME --help")
+    args = parser.parse_args(argv)
+    try:
+        return importlib.import_module(f"bench.{args.name}").main(args.options) or 0
+    except Loaded as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 3
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

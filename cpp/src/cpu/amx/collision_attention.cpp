@@ -1,0 +1,289 @@
+#include "core/parallel.h"
+#include "cpu/collision_probability.h"
+#include "cpu/table.h"
+#include "cpu/tile.h"
+#include "cpu/unit_row.h"
+
+// The forward pass for bfloat16 on tile registers. Scores are sums of raw products, which the registers form exactly in
+// f32; the lengths of the rows divide them afterwards, for acos would magnify the rounding of a normalised row. Weights
+// are rounded to bfloat16 to meet the values. A register holds 16 rows of 64 bytes; as the right factor of a product it
+// holds pairs of bfloat16: word [d / 2][column] = (B[d][column], B[d + 1][column]).
+
+namespace subquad::cpu::x86_64_v4 {
+
+extern const Slot<CollisionAttentionArgs> collision_attention_slot;
+
+}  // namespace subquad::cpu::x86_64_v4
+
+namespace subquad::cpu::SUBQUAD_ISA {
+namespace {
+
+using Args = CollisionAttentionArgs;
+
+constexpr int kSide = 16;                  // rows of a register, and words of its rows
+constexpr int kDepth = 32;                 // products that one instruction adds to each element
+constexpr int kWords = kSide * kSide;      // words of a register
+constexpr int kRowBytes = 64;              // of a register
+constexpr int64_t kMostRows = 1024;        // of a task; the tile registers make packing dearer than it is for v4
+static_assert(kTileColumns == 4 * kSide);  // the registers 0 to 3 in add_scores
+
+struct alignas(64) TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+
+constexpr TileConfig kConfig = {
+    1,
+    0,
+    {},
+    {kRowBytes, kRowBytes, kRowBytes, kRowBytes, kRowBytes, kRowBytes, kRowBytes, kRowBytes},
+    {kSide, kSide, kSide, kSide, kSide, kSide, kSide, kSide}};
+
+struct Scratch {
+  float *rows, *units, *panel;   // [kPanel, depth], its normalised copy, its transpose
+  bfloat16* queries;             // [block, depth]
+  float *inverse_q, *inverse_k;  // 1 / length, 0 for a zero row
+  int32_t* keys;                 // registers [depth / kDepth][kTileColumns / kSide]
+  float* value_rows;             // [kTileColumns, width]
+  int32_t* values;               // registers [width / kSide][kTileColumns / kDepth]
+  float* scores;                 // [kSide, kTileColumns]
+  bfloat16* weights;             // [kSide, kTileColumns]
+  float* sums;                   // [block, width]
+};
+
+int64_t depth_of(const Args& args) { return round_up(args.dim_qk, kDepth); }
+int64_t width_of(const Args& args) { return round_up(args.dim_v, kSide); }
+
+Scratch lay_out(Arena& arena, const Args& args, int64_t block) {
+  const int64_t depth = depth_of(args), width = width_of(args);
+  Scratch s;
+  s.rows = take<float>(arena, kPanel * depth);
+  s.units = take<float>(arena, depth);
+  s.panel = take<float>(arena, kPanel * depth);
+  s.queries = take<bfloat16>(arena, block * depth);
+  s.inverse_q = take<float>(arena, block);
+  s.inverse_k = take<float>(arena, kTileColumns);
+  s.keys = take<int32_t>(arena, kTileColumns * depth / 2);
+  s.value_rows = take<float>(arena, kTileColumns * width);
+  s.values = take<int32_t>(arena, kTileColumns * width / 2);
+  s.scores = take<float>(arena, kSide * kTileColumns);
+  s.weights = take<bfloat16>(arena, kSide * kTileColumns);
+  s.sums = take<float>(arena, block * width);
+  return s;
+}
+
+struct Block {
+  int64_t batch, head, head_kv, first, rows;
+};
+
+/// Two vectors of floats that bfloat16 can hold, as one of pairs.
+inline I32 pair(F32 even, F32 odd) { return (I32)(as_u32(even) >> 16 | (as_u32(odd) & 0xffff0000u)); }
+
+/// 1 / length of kPanel rows. Rows whose squares f32 cannot sum are scaled by a power of two first, in place.
+void take_lengths(const Scratch& s, int64_t depth, float* inverse) {
+  for (int r = 0; r < kPanel; ++r) {
+    memcpy(s.units, s.rows + r * depth, size_t(depth) * sizeof(float));
+    const Length length = normalize_row(s.units, depth);
+    scale_row_by_power(s.rows + r * depth, depth, -length.exponent);
+    inverse[r] = length.significand == 0.0f ? 0.0f : 1.0f / length.significand;
+  }
+}
+
+void pack_queries(const Args& args, const Block& block, const Scratch& s) {
+  const int64_t depth = depth_of(args);
+  for (int64_t r = 0; r < round_up(block.rows, kSide); r += kPanel) {
+    gather_rows(args.q, block.batch, block.head, block.first + r, block.rows - r, mask_of(args.query_mask, block.batch),
+                args.dim_qk, s.rows, depth);
+    take_lengths(s, depth, s.inverse_q + r);
+    narrow(s.rows, s.queries + r * depth, kPanel * depth);
+  }
+}
+
+/// Packs the keys and values [first, first + kTileColumns); those masked or past the end become zeros.
+void pack_tile(const Args& args, const Block& block, int64_t first, const Scratch& s) {
+  const int64_t depth = depth_of(args), width = width_of(args);
+  const bool* keep = mask_of(args.key_mask, block.batch);
+  for (int64_t j = 0; j < kTileColumns; j += kPanel) {
+    const int64_t count = args.seq_k - first - j;
+    gather_rows(args.k, block.batch, block.head_kv, first + j, count, keep, args.dim_qk, s.rows, depth);
+    take_lengths(s, depth, s.inverse_k + j);
+    transpose_rows(s.rows, depth, s.panel);
+    for (int64_t d = 0; d < depth; d += 2) {
+      for (int64_t c = 0; c < kPanel; c += kLanes) {
+        const int64_t tile = d / kDepth * (kTileColumns / kSide) + (j + c) / kSide;
+        int32_t* words = s.keys + tile * kWords + d % kDepth / 2 * kSide + (j + c) % kSide;
+        store(words, pair(load(s.panel + d * kPanel + c), load(s.panel + (d + 1) * kPanel + c)));
+      }
+    }
+    gather_rows(args.v, block.batch, block.head_kv, first + j, count, keep, args.dim_v, s.value_rows + j * width,
+                width);
+  }
+  for (int64_t j = 0; j < kTileColumns; j += 2) {
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const int64_t tile = c / kSide * (kTileColumns / kDepth) + j / kDepth;
+      const float* row = s.value_rows + j * width + c;
+      store(s.values + tile * kWords + j % kDepth / 2 * kSide + c % kSide, pair(load(row), load(row + width)));
+    }
+  }
+}
+
+/// The tile loads are volatile assembly to g++, which does not say that they read memory.
+inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
+
+/// scores [kSide, kTileColumns] = queries [kSide, depth] times the packed keys.
+void form_scores(const bfloat16* queries, const int32_t* keys, int64_t depth, float* scores) {
+  finish_stores();
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t d = 0; d < depth; d += kDepth, keys += 4 * kWords) {
+    _tile_loadd(4, queries + d, depth * 2);
+    _tile_loadd(5, keys, kRowBytes);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, keys + kWords, kRowBytes);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_loadd(5, keys + 2 * kWords, kRowBytes);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_loadd(6, keys + 3 * kWords, kRowBytes);
+    _tile_dpbf16ps(3, 4, 6);
+  }
+  _tile_stored(0, scores, kTileColumns * 4);
+  _tile_stored(1, scores + kSide, kTileColumns * 4);
+  _tile_stored(2, scores + 2 * kSide, kTileColumns * 4);
+  _tile_stored(3, scores + 3 * kSide, kTileColumns * 4);
+}
+
+/// Scores to weights u^tau, in f32 in place and rounded to bfloat16.
+void form_weights(float* scores, const float* inverse_q, const float* inverse_k, int hash_bits, bfloat16* weights) {
+  constexpr int kUnit = 4;
+  for (int r = 0; r < kSide; ++r) {
+    for (int j = r * kTileColumns; j < (r + 1) * kTileColumns; j += kUnit * kLanes) {
+      F32 u[kUnit], weight[kUnit];
+      for (int i = 0; i < kUnit; ++i) {
+        const F32 inverse = load(inverse_k + j % kTileColumns + i * kLanes) * inverse_q[r];
+        u[i] = collision_probability(load(scores + j + i * kLanes) * inverse);
+      }
+      raise(u, hash_bits, weight);
+      for (int i = 0; i < kUnit; ++i) {
+        store(scores + j + i * kLanes, weight[i]);
+        store(weights + j + i * kLanes, weight[i]);
+      }
+    }
+  }
+}
+
+/// sums [kSide, width] += weights [kSide, kTileColumns] times the packed values.
+void add_values(const bfloat16* weights, const int32_t* values, int64_t width, float* sums) {
+  finish_stores();
+  _tile_loadd(4, weights, kTileColumns * 2);
+  _tile_loadd(5, weights + kDepth, kTileColumns * 2);
+  for (int64_t c = 0; c < width; c += kSide, values += 2 * kWords) {
+    _tile_loadd(0, sums + c, width * 4);
+    _tile_loadd(6, values, kRowBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, values + kWords, kRowBytes);
+    _tile_dpbf16ps(0, 5, 7);
+    _tile_stored(0, sums + c, width * 4);
+  }
+}
+
+/// sum [width] += weights [0, count) times value rows: the diagonal of a causal pass, where a row must not touch the
+/// values that it does not see.
+void add_values_of_row(const float* weights, const float* value_rows, int64_t count, int64_t width, float* sum) {
+  for (int64_t c = 0; c < width; c += kLanes) {
+    F32 added = {};
+    for (int64_t j = 0; j < count; ++j) added = fma(set(weights[j]), load(value_rows + j * width + c), added);
+    store(sum + c, load(sum + c) + added);
+  }
+}
+
+/// Number of the keys [first, first + kTileColumns) that a query sees.
+int64_t seen(const Args& args, int64_t query, int64_t first) {
+  const int64_t end = args.causal ? smaller(args.seq_k, query + args.seq_k - args.seq_q + 1) : args.seq_k;
+  return larger(0, smaller(end - first, kTileColumns));
+}
+
+void visit_rows(const Args& args, const Block& block, int64_t r, int64_t first, const Scratch& s) {
+  const int64_t depth = depth_of(args), width = width_of(args), query = block.first + r;
+  const int64_t rows = smaller(kSide, block.rows - r);
+  if (seen(args, query + rows - 1, first) == 0) return;
+  form_scores(s.queries + r * depth, s.keys, depth, s.scores);
+  form_weights(s.scores, s.inverse_q + r, s.inverse_k, args.hash_bits, s.weights);
+  if (seen(args, query, first) == smaller(kTileColumns, args.seq_k - first)) {
+    add_values(s.weights, s.values, width, s.sums + r * width);
+  } else {
+    for (int64_t i = 0; i < rows; ++i)
+      add_values_of_row(s.scores + i * kTileColumns, s.value_rows, seen(args, query + i, first), width,
+                        s.sums + (r + i) * width);
+  }
+}
+
+void run_block(const Args& args, const Block& block, const Scratch& s) {
+  const int64_t width = width_of(args);
+  const bool *keep = mask_of(args.query_mask, block.batch), *keep_k = mask_of(args.key_mask, block.batch);
+  memset(s.sums, 0, size_t(round_up(block.rows, kSide) * width) * sizeof(float));
+  pack_queries(args, block, s);
+  _tile_loadconfig(&kConfig);
+  for (int64_t first = 0; seen(args, block.first + block.rows - 1, first) > 0; first += kTileColumns) {
+    if (!any_kept(keep_k, first, smaller(kTileColumns, args.seq_k - first))) continue;
+    pack_tile(args, block, first, s);
+    for (int64_t r = 0; r < block.rows; r += kSide)
+      if (any_kept(keep, block.first + r, smaller(kSide, block.rows - r))) visit_rows(args, block, r, first, s);
+  }
+  _tile_release();
+  for (int64_t r = 0; r < block.rows; ++r) {
+    float* sum = s.sums + r * width;
+    if (keep && !keep[block.first + r]) memset(sum, 0, size_t(width) * sizeof(float));
+    store_row(args.out, block.batch, block.head, block.first + r, sum, args.dim_v);
+  }
+}
+
+/// A register of 16 queries that is mostly empty is no faster than v4.
+bool fits(const Args& args) { return args.q.dtype == DType::bf16 && args.seq_q >= kSide / 2; }
+
+struct Plan {
+  Queue queue;
+  int64_t block_rows, blocks, tasks, worker_bytes;
+};
+
+Plan plan(const Queue& queue, const Args& args) {
+  const int64_t heads = args.batch * args.heads_q;
+  const int64_t rows = round_up(rows_per_task(queue.num_threads, heads, args.seq_q, kMostRows), kSide);
+  const int64_t blocks = (args.seq_q + rows - 1) / rows;
+  Arena arena = {};
+  lay_out(arena, args, rows);
+  Plan p = {queue, rows, blocks, heads * blocks, arena.used};
+  p.queue.num_threads = int32_t(smaller(queue.num_threads, p.tasks));
+  return p;
+}
+
+const char* supports(const Args& args) { return x86_64_v4::collision_attention_slot.supports(args); }
+
+int64_t workspace_bytes(const Queue& queue, const Args& args) {
+  if (!fits(args)) return x86_64_v4::collision_attention_slot.workspace_bytes(queue, args);
+  const Plan p = plan(queue, args);
+  return with_alignment({nullptr, p.queue.num_threads * p.worker_bytes});
+}
+
+const char* run(const Queue& queue, const Args& args, void* workspace) {
+  if (!fits(args)) return x86_64_v4::collision_attention_slot.run(queue, args, workspace);
+  const Plan p = plan(queue, args);
+  char* base = arena_at(workspace).base;
+  core::parallel_for(p.queue, p.tasks, [&](int64_t task, int worker) {
+    Arena arena = {base + worker * p.worker_bytes, 0};
+    const Scratch s = lay_out(arena, args, p.block_rows);
+    // The long rows of a causal pass first.
+    const int64_t head = task / p.blocks, first = (p.blocks - 1 - task % p.blocks) * p.block_rows;
+    const int64_t head_q = head % args.heads_q, head_kv = head_q / (args.heads_q / args.heads_kv);
+    run_block(args, {head / args.heads_q, head_q, head_kv, first, smaller(p.block_rows, args.seq_q - first)}, s);
+  });
+  return nullptr;
+}
+
+}  // namespace
+
+const Slot<CollisionAttentionArgs> collision_attention_slot = {supports, workspace_bytes, run};
+
+}  // namespace subquad::cpu::SUBQUAD_ISA

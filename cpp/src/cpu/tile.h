@@ -1,0 +1,157 @@
+/// Register-tiled products of small matrices, and the packing that feeds them: what the dense attention kernels share.
+///
+///   C[r, c] (+)= sum_d A[r, d] * B[d, c]
+///
+/// B is packed in panels [depth, kPanel], so that the inner loop reads it front to back. A is read one element per row
+/// and step and broadcast: from a transposed panel, or from the tile of weights that an earlier product left. Each
+/// element of C is one chain of fused multiply-adds in the order of d, so its bits do not depend on how the rows are
+/// grouped.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "core/operand.h"
+#include "core/visit.h"
+#include "cpu/simd.h"
+
+namespace subquad::cpu::SUBQUAD_ISA {
+
+// 8 x 2 accumulators keep two fused multiply-add units busy over their latency; 16 registers hold no more than 4 x 2.
+#if defined(__AVX512F__) || defined(__aarch64__)
+static constexpr int kTileRows = 8;
+#else
+static constexpr int kTileRows = 4;
+#endif
+static constexpr int kPanelVectors = 2;
+static constexpr int kPanel = kPanelVectors * kLanes;
+// A tile of 64 columns: with head dimensions of 64 the packed keys and values of a tile (32 KiB) stay in the L1 cache.
+static constexpr int kTileColumns = 64;
+static_assert(kTileColumns % kPanel == 0 && kPanel % kTileRows == 0);
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+/// One register tile: kTileRows rows of C, `Vectors` vectors of columns of one panel.
+template <bool Add, int Vectors, int RowStep, int DepthStep>
+static inline void register_tile(const float* a, const float* panel, int64_t depth, float* c, int64_t pitch) {
+  F32 sum[kTileRows][Vectors] = {};
+  for (int64_t d = 0; d < depth; ++d, a += DepthStep, panel += kPanel) {
+    F32 b[Vectors];
+    for (int v = 0; v < Vectors; ++v) b[v] = load(panel + v * kLanes);
+    for (int r = 0; r < kTileRows; ++r) {
+      const F32 element = set(a[r * RowStep]);
+      for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(element, b[v], sum[r][v]);
+    }
+  }
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int v = 0; v < Vectors; ++v) {
+      float* to = c + r * pitch + v * kLanes;
+      store(to, Add ? load(to) + sum[r][v] : sum[r][v]);
+    }
+  }
+}
+
+/// kTileRows rows of C over `columns` columns (rounded up to whole vectors): panels [panel_depth, kPanel] behind each
+/// other, of which the first `depth` steps are summed.
+template <bool Add, int RowStep, int DepthStep>
+static inline void tile_product(const float* a, const float* panels, int64_t panel_depth, int64_t depth, float* c,
+                                int64_t pitch, int64_t columns) {
+  for (; columns > kLanes; columns -= kPanel, panels += panel_depth * kPanel, c += kPanel)
+    register_tile<Add, kPanelVectors, RowStep, DepthStep>(a, panels, depth, c, pitch);
+  if (columns > 0) register_tile<Add, 1, RowStep, DepthStep>(a, panels, depth, c, pitch);
+}
+
+/// C = A B with A transposed: row r at column r of a panel (`a` points at its first row).
+static inline void product_of_panels(const float* a, const float* panels, int64_t depth, int64_t panel_depth, float* c,
+                                     int64_t columns) {
+  tile_product<false, 1, kPanel>(a, panels, panel_depth, depth, c, kTileColumns, columns);
+}
+
+/// C += A B with A a tile of weights [kTileRows, kTileColumns] (`a` and `panels` point at its first step of depth).
+static inline void add_weighted_rows(const float* a, const float* panels, int64_t depth, float* c, int64_t pitch,
+                                     int64_t columns) {
+  tile_product<true, kTileColumns, 1>(a, panels, kTileColumns, depth, c, pitch, columns);
+}
+
+/// c[0..columns) += sum_d weights[d] * (row d of the panels of a tile): the rows that only one row of weights sees.
+static inline void add_weighted_row(const float* weights, const float* panels, int64_t depth, float* c,
+                                    int64_t columns) {
+  for (int64_t j = 0; depth > 0 && j < columns; j += kLanes) {
+    const float* column = panels + j / kPanel * (kTileColumns * kPanel) + j % kPanel;
+    F32 sum = {};
+    for (int64_t d = 0; d < depth; ++d) sum = fma(set(weights[d]), load(column + d * kPanel), sum);
+    store(c + j, load(c + j) + sum);
+  }
+}
+
+/// Rows per task, a multiple of kPanel: as many as `most`, for they share the packing of the columns, but few enough
+/// for every thread to find some tasks.
+static inline int64_t rows_per_task(int num_threads, int64_t heads, int64_t rows, int64_t most) {
+  int64_t count = larger(kPanel, smaller(most, round_up(rows, kPanel)));
+  while (count > 64 && heads * ((rows + count - 1) / count) < 4 * num_threads) count = round_up(count / 2, kPanel);
+  return count;
+}
+
+/// Row b of a mask [B, tokens], or null if there is no mask.
+static inline const bool* mask_of(const Operand& mask, int64_t b) {
+  return mask.data ? static_cast<const bool*>(mask.data) + b * mask.stride[0] : nullptr;
+}
+
+static inline bool any_kept(const bool* keep, int64_t first, int64_t count) {
+  return !keep || memchr(keep + first, 1, size_t(count));
+}
+
+/// Rows [first, first + count) of one head of x as f32 [kPanel, pitch]; zero behind the end of a row, for rows past
+/// `count`, and for rows that `keep` (one bool per row of the head, or null) leaves out, whatever they hold.
+static inline void gather_rows(const Operand& x, int64_t batch, int64_t head, int64_t first, int64_t count,
+                               const bool* keep, int64_t dim, float* rows, int64_t pitch) {
+  visit_float(x.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const T* base = static_cast<const T*>(x.data) + batch * x.stride[0] + head * x.stride[1];
+    for (int64_t r = 0; r < kPanel; ++r) {
+      const bool present = r < count && (!keep || keep[first + r]);
+      if (present) widen(base + (first + r) * x.stride[2], rows + r * pitch, dim);
+      const int64_t end = present ? dim : 0;
+      memset(rows + r * pitch + end, 0, size_t(pitch - end) * sizeof(float));
+    }
+  });
+}
+
+/// Row `row` of one head of x = from[0..dim), rounded to the dtype of x.
+static inline void store_row(const Operand& x, int64_t batch, int64_t head, int64_t row, const float* from,
+                             int64_t dim) {
+  visit_float(x.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    narrow(from, static_cast<T*>(x.data) + batch * x.stride[0] + head * x.stride[1] + row * x.stride[2], dim);
+  });
+}
+
+/// Asks for a row that a later gather_rows will read, so that packing does not wait for the memory.
+static inline void prefetch_row(const Operand& x, int64_t batch, int64_t head, int64_t row, int64_t dim) {
+  const int64_t size = dtype_bytes(x.dtype), offset = batch * x.stride[0] + head * x.stride[1] + row * x.stride[2];
+  const char* from = static_cast<const char*>(x.data) + offset * size;
+  for (int64_t i = 0; i < dim * size; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+/// The transpose of rows [kPanel, pitch] as a panel [pitch, kPanel]; pitch is a multiple of kLanes.
+static inline void transpose_rows(const float* rows, int64_t pitch, float* panel) {
+  for (int64_t r = 0; r < kPanel; r += kLanes) {
+    for (int64_t d = 0; d < pitch; d += kLanes) {
+      F32 x[kLanes];
+      for (int i = 0; i < kLanes; ++i) x[i] = load(rows + (r + i) * pitch + d);
+      transpose(x);
+      for (int i = 0; i < kLanes; ++i) store(panel + (d + i) * kPanel + r, x[i]);
+    }
+  }
+}
+
+/// Rows [kPanel, pitch] cut into the panels [kTileColumns, kPanel] of a tile, as its rows `first` onwards.
+static inline void split_rows(const float* rows, int64_t pitch, int64_t first, float* panels) {
+  for (int64_t j = 0; j < pitch; j += kLanes) {
+    float* to = panels + j / kPanel * (kTileColumns * kPanel) + first * kPanel + j % kPanel;
+    for (int64_t r = 0; r < kPanel; ++r) store(to + r * kPanel, load(rows + r * pitch + j));
+  }
+}
+
+}  // namespace subquad::cpu::SUBQUAD_ISA

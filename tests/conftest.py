@@ -1,0 +1,88 @@
+"""Fixtures that run one test body on every row of kernels and in every framework."""
+
+import numpy as np
+import pytest
+
+import subquad
+from subquad import _arrays
+
+
+@pytest.fixture(params=subquad.cpu.compiled())
+def isa(request):
+    """Each row of kernels that this machine can run; the test body runs on it and on nothing else."""
+    if request.param not in subquad.cpu.available():
+        pytest.skip(f"this machine cannot run the row {request.param}")
+    before = subquad.cpu.isa()
+    subquad.cpu.set_isa(request.param)
+    yield request.param
+    assert subquad.cpu.isa() == request.param
+    subquad.cpu.set_isa(before)
+
+
+def _poison_numpy(out):
+    if out.size:
+        out[...] = np.nan if out.dtype.kind not in "iu" else 0x5A5A
+    return out
+
+
+def _poison_torch(out):
+    import torch
+
+    # uint16 has no fill in every torch version; its bytes have
+    out.view(torch.uint8).fill_(0x5A) if out.dtype == torch.uint16 else out.fill_(
+        float("nan") if out.is_floating_point() else 0x5A5A
+    )
+    return out
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """Results start as NaN (integers as 0x5a5a), so that an element nobody writes is seen."""
+    poisons = {_arrays.Numpy: _poison_numpy, _arrays.Torch: _poison_torch, _arrays.Jax: _poison_numpy}
+    for framework, poison in poisons.items():
+        empty = framework.empty
+        monkeypatch.setattr(
+            framework,
+            "empty",
+            staticmethod(lambda shape, dtype, like, empty=empty, poison=poison: poison(empty(shape, dtype, like))),
+        )
+
+
+def _to_torch(x):
+    import torch
+
+    if x.dtype.name == "bfloat16":
+        return torch.from_numpy(x.view(np.uint16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(np.array(x))
+
+
+def _from_torch(x):
+    import torch
+
+    return x.to(torch.float32).numpy() if x.is_floating_point() else x.numpy()
+
+
+def _to_jax(x):
+    import jax
+
+    return jax.numpy.asarray(x)
+
+
+class Framework:
+    """How a test makes arrays of one framework from numpy ones, and back (floats as float32 or wider)."""
+
+    def __init__(self, name, make, read):
+        self.name, self.make, self.read = name, make, read
+
+    def arrays(self, *xs):
+        return tuple(None if x is None else self.make(x) for x in xs)
+
+
+@pytest.fixture(params=["numpy", "torch", "jax"])
+def framework(request):
+    if request.param == "numpy":
+        return Framework("numpy", lambda x: x, lambda x: np.asarray(x, np.float32 if x.dtype.kind not in "iu" else None))
+    pytest.importorskip(request.param, reason=f"{request.param} is not installed")
+    if request.param == "torch":
+        return Framework("torch", _to_torch, _from_torch)
+    return Framework("jax", _to_jax, lambda x: np.asarray(x).astype(np.float32) if x.dtype.kind not in "iu" else np.asarray(x))
