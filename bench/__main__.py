@@ -18,7 +18,9 @@ NAMES = {
 def main(argv: list[str] | None = None) -> int:
     names = "\n".join(f"  {name:10} {text}" for name, text in NAMES.items())
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description=f"{__doc__}\n\n{names}", formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench",
+        description=f"{__doc__}\n\n{names}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options of that measurement, see NAME --help")

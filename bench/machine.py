@@ -55,7 +55,9 @@ def fma_peak(threads: int) -> float:
         source = Path(__file__).with_name("peak.cpp")
         flags = ["-O3", "-march=native", "-mprefer-vector-width=512"] if platform.machine() == "x86_64" else ["-O3"]
         subprocess.run([compiler, "-std=c++17", *flags, "-pthread", source, "-o", program], check=True)
-        return max(float(subprocess.run([program, str(threads)], capture_output=True, text=True).stdout) for _ in range(5))
+        return max(
+            float(subprocess.run([program, str(threads)], capture_output=True, text=True).stdout) for _ in range(5)
+        )
 
 
 def main(argv: list[str]) -> int:

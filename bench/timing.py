@@ -28,7 +28,9 @@ def refuse_if_loaded(limit: float = 0.15) -> None:
     busy_after, total_after = _busy_jiffies()
     share = (busy_after - busy) / max(1, total_after - total)
     if share > limit:
-        raise Loaded(f"the machine is loaded: {share:.0%} of its cores are busy before the measurement (limit {limit:.0%})")
+        raise Loaded(
+            f"the machine is loaded: {share:.0%} of its cores are busy before the measurement (limit {limit:.0%})"
+        )
 
 
 @dataclass
@@ -76,7 +78,7 @@ class Pair:
 
 
 def paired(ours: Callable[[], object], theirs: Callable[[], object], budget: float = 2.0, at_least: int = 5) -> Pair:
-    """Times the two in turn for about `budget` seconds. A fast one runs several times in a row, as a loop would run it."""
+    """Times the two in turn for about `budget` seconds. A fast one runs several times in a row."""
     ours(), theirs()
     repeat = max(1, min(50, round(seconds(theirs) / max(seconds(ours), 1e-7))))
     a: list[float] = []

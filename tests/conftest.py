@@ -81,8 +81,12 @@ class Framework:
 @pytest.fixture(params=["numpy", "torch", "jax"])
 def framework(request):
     if request.param == "numpy":
-        return Framework("numpy", lambda x: x, lambda x: np.asarray(x, np.float32 if x.dtype.kind not in "iu" else None))
+        return Framework(
+            "numpy", lambda x: x, lambda x: np.asarray(x, np.float32 if x.dtype.kind not in "iu" else None)
+        )
     pytest.importorskip(request.param, reason=f"{request.param} is not installed")
     if request.param == "torch":
         return Framework("torch", _to_torch, _from_torch)
-    return Framework("jax", _to_jax, lambda x: np.asarray(x).astype(np.float32) if x.dtype.kind not in "iu" else np.asarray(x))
+    return Framework(
+        "jax", _to_jax, lambda x: np.asarray(x).astype(np.float32) if x.dtype.kind not in "iu" else np.asarray(x)
+    )

@@ -47,7 +47,9 @@ def make_jax(x, dtype):
 # How to call each attention: q, k, v and keywords to a result.
 ATTENTIONS = {
     "yoso_attention": lambda q, k, v, **kw: subquad.yoso_attention(q, k, v, num_hashes=2, hash_bits=3, **kw),
-    "yoso_attention (expectation)": lambda q, k, v, **kw: subquad.yoso_attention(q, k, v, hash_bits=3, expectation=True, **kw),
+    "yoso_attention (expectation)": lambda q, k, v, **kw: subquad.yoso_attention(
+        q, k, v, hash_bits=3, expectation=True, **kw
+    ),
     "collision_attention": lambda q, k, v, **kw: subquad.collision_attention(q, k, v, 3, **kw),
 }
 
@@ -71,7 +73,10 @@ def cells(name: str, attention) -> list[bool]:
     q, k, v = inputs(make_numpy)
     return [
         *(works(lambda make=make: attention(*inputs(make))) for make in (make_numpy, make_torch, make_jax)),
-        *(works(lambda dtype=dtype: attention(*inputs(make_numpy, dtype))) for dtype in ("float32", "float16", "bfloat16")),
+        *(
+            works(lambda dtype=dtype: attention(*inputs(make_numpy, dtype)))
+            for dtype in ("float32", "float16", "bfloat16")
+        ),
         works(lambda: attention(q, k, v, is_causal=True)),
         "key_mask" in parameters and works(lambda: attention(q, k, v, key_mask=mask)),
         works(lambda: attention(*inputs(make_numpy, heads_kv=2))),
@@ -81,7 +86,21 @@ def cells(name: str, attention) -> list[bool]:
 
 
 def table() -> str:
-    head = ["", "numpy", "torch", "jax (eager)", "f32", "f16", "bf16", "causal", "masks", "GQA", "backward", "torch autograd", "CUDA"]
+    head = [
+        "",
+        "numpy",
+        "torch",
+        "jax (eager)",
+        "f32",
+        "f16",
+        "bf16",
+        "causal",
+        "masks",
+        "GQA",
+        "backward",
+        "torch autograd",
+        "CUDA",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for name, attention in ATTENTIONS.items():
         ticks = ["yes" if cell else "no" for cell in cells(name, attention)]

@@ -4,8 +4,8 @@ import ctypes
 
 import numpy as np
 import pytest
-from border_checks import BASE, F, describe, refused, require, same_memory, unaligned
 
+from border_checks import BASE, F, describe, refused, require, same_memory, unaligned
 from subquad import _ext
 
 # ---- numpy

@@ -4,11 +4,11 @@ import time
 
 import numpy as np
 import pytest
+
+import subquad
 from cases import CASES, DTYPES, arrays, as_dtype, strided
 from ref import bucket_attention as ref
 from tolerance import assert_budget, round_to
-
-import subquad
 
 BY_NAME = {case.name: case for case in CASES}
 CODES = {"tables": (4, 5, np.uint16), "ranks": (16, 3, np.uint16), "ranks_24": (24, 2, np.int32)}

@@ -4,11 +4,11 @@ import time
 
 import numpy as np
 import pytest
-from cases import CASES, DTYPES, arrays, as_dtype
-from ref import bucket_gradient as ref
-from tolerance import assert_budget, round_to, redrawn_floor
 
 import subquad
+from cases import CASES, DTYPES, arrays, as_dtype
+from ref import bucket_gradient as ref
+from tolerance import assert_budget, redrawn_floor, round_to
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -82,7 +82,7 @@ def test_a_row_without_gradient_gets_none():
 @pytest.mark.statistical
 @pytest.mark.parametrize("rule", ["lower_bound", "exact"])
 def test_unbiased_over_codes_and_pairs(rule):
-    """z test over 2 x 96 gradient entries and 4000 draws of planes and pairs; |z| <= 4.5 has a false alarm rate of 1.3e-3."""
+    """z test over 2 x 96 gradient entries and 4000 draws of planes and pairs; |z| <= 4.5 errs with 1.3e-3."""
     rng = np.random.default_rng(8)
     q, k, v, dout = (rng.standard_normal((1, 1, 12, 8)).astype(np.float32) for _ in range(4))
     q += 1.5 * k

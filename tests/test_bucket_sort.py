@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from cases import strided
-from ref import bucket_sort as ref
 
 import subquad
+from cases import strided
+from ref import bucket_sort as ref
 
 
 @pytest.mark.parametrize("seq", [0, 1, 2, 17, 300])

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_process import answer, random_arrays, refusal, start
 
 import subquad
+from cli_process import answer, random_arrays, refusal, start
 from subquad import cli
 from subquad.cli import console
 

@@ -8,9 +8,9 @@ import sys
 
 import numpy as np
 import pytest
+
 from cli_process import random_arrays
 from ref.collision_attention import collision_attention
-
 from subquad import cli
 from subquad.cli import console, crossover, inputs, measure, methods, reference
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from cases import CASES, DTYPES, arrays, as_dtype
-from ref import collision_attention as ref
-from tolerance import assert_budget, round_to, redrawn_floor
 
 import subquad
+from cases import CASES, DTYPES, arrays, as_dtype
+from ref import collision_attention as ref
+from tolerance import assert_budget, redrawn_floor, round_to
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -86,5 +86,7 @@ def test_parallel_rows_are_finite_and_bounded(sign, isa):
         dq, dk, dv = subquad.collision_attention_bwd(v, sign * x, x, v, 9, grad=grad)
         bound = 50 * 24 * 9 / np.pi / np.linalg.norm(x, axis=-1).min()
         for gradient in (dq, dk):
-            assert np.abs(gradient).max() < bound  # t is a unit vector, so no pair adds more than |<g, v>| tau / (pi |q|)
+            assert (
+                np.abs(gradient).max() < bound
+            )  # t is a unit vector, so no pair adds more than |<g, v>| tau / (pi |q|)
         assert np.isfinite(dv).all()

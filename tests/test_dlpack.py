@@ -6,9 +6,9 @@ import types
 
 import numpy as np
 import pytest
+
 from border_checks import BASE, F, describe, refused, require, same_memory, unaligned
 from dlpack_producers import CUDA, Exchange, Producer
-
 from subquad import _ext
 
 # ---- any other producer of DLPack

@@ -7,12 +7,12 @@ import os
 
 import numpy as np
 import pytest
+
+import subquad
 from cases import Case, arrays, as_dtype, strided
 from ref import yoso_attention as ref
 from test_yoso_attention import library_codes
-from tolerance import assert_budget, round_to, redrawn_floor
-
-import subquad
+from tolerance import assert_budget, redrawn_floor, round_to
 
 CASES = int(os.environ.get("SUBQUAD_FUZZ_CASES", "150"))
 
@@ -83,7 +83,9 @@ def check(case, keywords, dtype, seed, rng):
     wide = [x.astype(np.float64) for x in (q, k, v)]
     compare("out", (out,), ref.yoso_attention, wide, keywords | masks, codes, dtype)
     dout = as_dtype(rng.standard_normal(out.shape), dtype)
-    got = subquad.yoso_attention_bwd(layout(dout, rng), layout(q, rng), layout(k, rng), layout(v, rng), **keywords, **masks)
+    got = subquad.yoso_attention_bwd(
+        layout(dout, rng), layout(q, rng), layout(k, rng), layout(v, rng), **keywords, **masks
+    )
     compare("dq dk dv", got, ref.yoso_attention_bwd, [dout.astype(np.float64), *wide], keywords | masks, codes, dtype)
 
 
@@ -100,17 +102,32 @@ def compare(names, got, reference, wide, keywords, codes, dtype):
         assert_budget(actual, truth, round_to(rounded, dtype), dtype=dtype, floor=floor, what=name)
 
 
-BAD_VALUES = [None, -1, 0, 3.5, "x", True, [], {}, np.float64(2), 2**70, b"ab", np.ones(3), np.ones((1, 2, 3), "f4"), object()]
+BAD_VALUES = [
+    None,
+    -1,
+    0,
+    3.5,
+    "x",
+    True,
+    [],
+    {},
+    np.float64(2),
+    2**70,
+    b"ab",
+    np.ones(3),
+    np.ones((1, 2, 3), "f4"),
+    object(),
+]
 
 
 @pytest.mark.parametrize("seed", range(CASES))
 def test_random_nonsense_raises_one_clear_sentence(seed):
-    """Replaces some arguments of a good call by nonsense: either it still is a valid call, or one of the four errors."""
+    """Replaces some arguments of a good call by nonsense: it stays a valid call, or gives one of the four errors."""
     rng = np.random.default_rng(10_000 + seed)
     q, k, v, _ = arrays(Case("good"), seed)
-    arguments = dict(q=q, k=k, v=v, num_hashes=3, hash_bits=4, hashing="hadamard", carving="strided", planes=None, signs=None,
-                     expectation=False, key_mask=None, query_mask=None, is_causal=False, normalize=True, seed=0, grad=None,
-                     out=None)  # fmt: skip
+    arguments = dict(q=q, k=k, v=v, num_hashes=3, hash_bits=4, hashing="hadamard", carving="strided", planes=None,
+                     signs=None, expectation=False, key_mask=None, query_mask=None, is_causal=False, normalize=True,
+                     seed=0, grad=None, out=None)  # fmt: skip
     for name in rng.choice(list(arguments), rng.integers(1, 4), replace=False):
         arguments[name] = BAD_VALUES[rng.integers(len(BAD_VALUES))]
     positional = [arguments.pop(name) for name in ("q", "k", "v")]

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP_LEVEL = {"CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "cpp", "cuda", "python", "tests", "bench"}
+TOP_LEVEL = {
+    "CMakeLists.txt",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+    "cpp",
+    "cuda",
+    "python",
+    "tests",
+    "bench",
+}
 CODE = {".py", ".cpp", ".h", ".cuh", ".cu", ".cmake", ".txt", ".in", ".toml", ".md", ".pyi", ""}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "cpp" / "operators.cmake").exists(), reason="needs the source tree")
@@ -64,7 +75,9 @@ def row_sources():
 
 
 def test_rows_include_no_code_of_the_standard_library():
-    allowed = re.compile(r'"(cpu/.*|ops/\w+_args\.h|subquad/(dtype|queue)\.h|core/(visit|philox|parallel|operand|kernels)\.h)"')
+    allowed = re.compile(
+        r'"(cpu/.*|ops/\w+_args\.h|subquad/(dtype|queue)\.h|core/(visit|philox|parallel|operand|kernels)\.h)"'
+    )
     for path in row_sources():
         for include in includes(path):
             assert include in ROW_HEADERS or allowed.match(include), f"{path.name} includes {include}"
@@ -76,7 +89,11 @@ def test_functions_in_headers_of_rows_are_static():
     headers += [ROOT / "cpp/src/core" / f"{name}.h" for name in ("visit", "philox", "operand")]
     headers += [ROOT / "cpp/include/subquad/dtype.h"]
     for path in headers:
-        for match in re.finditer(r"^(?!static|template|struct|typedef|using|namespace|enum|class|#|//|\}|\s)[\w:<>*& ]+\(", path.read_text(), re.M):
+        for match in re.finditer(
+            r"^(?!static|template|struct|typedef|using|namespace|enum|class|#|//|\}|\s)[\w:<>*& ]+\(",
+            path.read_text(),
+            re.M,
+        ):
             raise AssertionError(f"{path.name}: not static: {match.group(0)}")
         assert not re.search(r"^\s*inline |^inline ", path.read_text(), re.M), f"{path.name} has an inline function"
 
@@ -98,7 +115,8 @@ def test_the_core_knows_no_cuda_and_the_bindings_only_public_headers():
 
 
 def test_importing_subquad_loads_numpy_and_no_other_framework():
-    script = "import sys, subquad; print([m for m in ('torch', 'jax', 'cupy', 'transformers', 'matplotlib', 'scipy') if m in sys.modules])"
+    others = ("torch", "jax", "cupy", "transformers", "matplotlib", "scipy")
+    script = f"import sys, subquad; print([m for m in {others} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -114,7 +132,9 @@ def imports_of(path):
 def test_references_use_numpy_only():
     for path in (ROOT / "tests/ref").glob("*.py"):
         for name in imports_of(path):
-            assert name.split(".")[0] in {"numpy", "ref", "__future__", "itertools", "math", "dataclasses"}, f"{path.name} imports {name}"
+            assert name.split(".")[0] in {"numpy", "ref", "__future__", "itertools", "math", "dataclasses"}, (
+                f"{path.name} imports {name}"
+            )
 
 
 def test_nothing_imports_the_torch_part():
@@ -149,7 +169,12 @@ def test_every_operator_has_every_part():
 
 def test_every_method_has_every_part():
     for name in words("SUBQUAD_METHODS"):
-        for part in (f"cpp/include/subquad/{name}.h", f"cpp/src/methods/{name}.cpp", f"tests/test_{name}.py", f"tests/ref/{name}.py"):
+        for part in (
+            f"cpp/include/subquad/{name}.h",
+            f"cpp/src/methods/{name}.cpp",
+            f"tests/test_{name}.py",
+            f"tests/ref/{name}.py",
+        ):
             assert (ROOT / part).exists(), f"{name}: {part} is missing"
 
 
@@ -186,7 +211,9 @@ def test_no_machine_paths_or_promises():
 
 
 def test_the_committed_stub_is_the_generated_one(tmp_path):
-    pytest.importorskip("nanobind", reason="nanobind, which writes the stub, is not installed")
+    nanobind = pytest.importorskip("nanobind", reason="nanobind, which writes the stub, is not installed")
+    if not nanobind.__version__.startswith("3."):
+        pytest.skip("the stub is written by nanobind 3, whose format it has")
     made = tmp_path / "_ext.pyi"
     subprocess.run([sys.executable, "-m", "nanobind.stubgen", "-q", "-m", "subquad._ext", "-o", made], check=True)
     committed = ROOT / "python/subquad/_ext.pyi"

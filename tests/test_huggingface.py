@@ -1,7 +1,8 @@
-"""YosoAttention against transformers' YosoSelfAttention, where the two mean the same, and where they differ on purpose."""
+"""YosoAttention against transformers' YosoSelfAttention: equal where the two mean the same, different on purpose."""
 
 import numpy as np
 import pytest
+
 from tolerance import assert_budget
 
 torch = pytest.importorskip("torch", reason="torch is not installed")

@@ -2,15 +2,17 @@
 
 import numpy as np
 import pytest
+
+import subquad
 from cases import DTYPES, as_dtype
 from ref import l2_normalize as ref
 from tolerance import assert_budget, round_to
 
-import subquad
-
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 3, 7, 16), (1, 1, 1, 1), (1, 2, 5, 33), (1, 1, 3, 512), (0, 2, 3, 4), (2, 2, 0, 4)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 7, 16), (1, 1, 1, 1), (1, 2, 5, 33), (1, 1, 3, 512), (0, 2, 3, 4), (2, 2, 0, 4)]
+)
 def test_forward_and_backward_match_the_reference(shape, dtype, isa):
     pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed") if dtype == "bfloat16" else None
     rng = np.random.default_rng(0)
@@ -24,7 +26,13 @@ def test_forward_and_backward_match_the_reference(shape, dtype, isa):
     dy = as_dtype(rng.standard_normal(shape), dtype)
     dx = subquad.l2_normalize_bwd(dy, y, lse)
     truth = ref.l2_normalize_bwd(dy.astype(np.float64), y.astype(np.float64), lse.astype(np.float64))
-    assert_budget(np.asarray(dx, np.float32), truth, round_to(truth, dtype), dtype=dtype, floor=1e-6 * np.abs(truth).max(initial=0))
+    assert_budget(
+        np.asarray(dx, np.float32),
+        truth,
+        round_to(truth, dtype),
+        dtype=dtype,
+        floor=1e-6 * np.abs(truth).max(initial=0),
+    )
 
 
 @pytest.mark.parametrize("exponent", [-149, -130, -80, 80, 120, 127])

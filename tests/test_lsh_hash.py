@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from cases import DTYPES, as_dtype, strided
-from ref import lsh_hash as ref
 
 import subquad
+from cases import DTYPES, as_dtype, strided
+from ref import lsh_hash as ref
 
 SHAPES = [(2, 4, 37, 16), (1, 2, 1, 1), (1, 1, 70, 3), (2, 2, 16, 33), (1, 2, 33, 64), (1, 1, 20, 65), (1, 1, 9, 512)]
 
@@ -80,7 +80,9 @@ def test_codes_do_not_depend_on_the_scale(exponent, isa):
     again = subquad.lsh_hash(scaled, signs=signs, num_hashes=16, hash_bits=8)
     if exponent > -120:  # below, the input itself loses bits
         np.testing.assert_array_equal(codes, again)
-    np.testing.assert_array_equal(again.astype(np.int64), ref.lsh_hash_hadamard(scaled, signs, 16, 8, "strided", dtype=np.float32))
+    np.testing.assert_array_equal(
+        again.astype(np.int64), ref.lsh_hash_hadamard(scaled, signs, 16, 8, "strided", dtype=np.float32)
+    )
 
 
 def test_zero_and_nan_rows_have_code_zero(isa):
@@ -105,8 +107,8 @@ def test_empty_axes():
 @pytest.mark.statistical
 @pytest.mark.parametrize(("carving", "low", "high"), [("strided", 0.94, 1.05), ("published", 0.85, 0.96)])
 def test_collision_rates_of_hadamard_hashing(carving, low, high):
-    """At cosine 0.5, 64 dimensions, 9 bits: the rate over 400 seeds x 32 hashes x 8 pairs against u^9 = 0.0260; the bands
-    are the measured bias of the scheme +- 4 standard errors. The published carving is biased, which is why it is an option."""
+    """At cosine 0.5, 64 dimensions, 9 bits: the rate over 400 seeds x 32 hashes x 8 pairs against u^9 = 0.0260; the
+    bands are the measured bias of the scheme +- 4 standard errors. The published carving is biased."""
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 8, 64))
     a /= np.linalg.norm(a, axis=1, keepdims=True)

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from ref import philox
 
 import subquad
+from ref import philox
 
 SHAPES = [(), (1,), (5,), (3, 7), (2, 3, 5), (2, 3, 4, 9), (1, 1, 300, 33), (0, 4), (2, 0, 3)]
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from ref import bucket_gradient as sampled
 from ref import lsh_hash as lsh
 from ref import yoso_attention as yoso

@@ -1,4 +1,4 @@
-"""Training with sampled attention and its sampled gradient, against exact attention, on a task that needs long range."""
+"""Training with sampled attention and its sampled gradient, and with exact attention, on a task of long range."""
 
 import pytest
 
@@ -13,8 +13,11 @@ WIDTH, HEADS, BATCH, STEPS = 32, 2, 16, 200
 
 
 def associative_recall(batch, generator):
-    """Tokens (key, value) and the answers. Every sequence has its own value for each key: the first tokens show pairs, the
-    last ones ask for the values of keys, and 160 fillers lie between. Chance is 1 / VALUES. -100: a key that was not shown."""
+    """Tokens (key, value) and the answers, -100 for a key that was not shown.
+
+    Each sequence has its own value for each key: the first tokens show pairs, the last ones ask for the values of keys,
+    and 160 fillers lie between. Chance is 1 / VALUES.
+    """
     table = torch.randint(VALUES, (batch, KEYS), generator=generator)
     key = torch.randint(KEYS, (batch, LENGTH), generator=generator)
     value = table.gather(1, key)

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from cases import CASES, DTYPES, Case, arrays, as_dtype, strided
-from ref import yoso_attention as ref
-from tolerance import assert_budget, round_to, redrawn_floor
 
 import subquad
+from cases import CASES, DTYPES, Case, arrays, as_dtype, strided
+from ref import yoso_attention as ref
+from tolerance import assert_budget, redrawn_floor, round_to
 
 BY_NAME = {case.name: case for case in CASES}
 METHOD = {
@@ -33,9 +33,7 @@ def library_codes(q, k, keywords):
     parts = subquad._ext.hadamard_parts(m, tau, dim, hashing["carving"])
     signs = subquad.random_signs((heads_kv, 3 * parts, padded), seed=hashing["seed"], stream=2)
     signs = signs.reshape(heads_kv, 3, parts, padded)
-    hashed = (
-        subquad.lsh_hash(x, signs=signs, num_hashes=m, hash_bits=tau, carving=hashing["carving"]) for x in (q, k)
-    )
+    hashed = (subquad.lsh_hash(x, signs=signs, num_hashes=m, hash_bits=tau, carving=hashing["carving"]) for x in (q, k))
     return tuple(codes.astype(np.int32) for codes in hashed)
 
 
@@ -114,7 +112,9 @@ def check_backward(case, keywords, dtype="float32", saved=False):
     call = dict(keywords, **masks, codes=codes, dtype=np.float32)
     again = lambda q, k: ref.yoso_attention_bwd(wide[0], q, k, wide[3], **call)  # noqa: E731
     floors = redrawn_floor(again, *wide[1:3], exact, gradients=(0, 1))
-    for name, actual, truth, rounded, floor, like in zip(("dq", "dk", "dv"), got, exact, plain, floors, (q, k, v), strict=True):
+    for name, actual, truth, rounded, floor, like in zip(
+        ("dq", "dk", "dv"), got, exact, plain, floors, (q, k, v), strict=True
+    ):
         assert actual.shape == like.shape and actual.dtype == like.dtype
         actual, rounded = np.asarray(actual, np.float32), round_to(rounded, dtype)
         assert_budget(actual, truth, rounded, dtype=dtype, floor=floor, what=f"{name} {case}")
@@ -215,7 +215,9 @@ def test_norms_of_queries_and_keys_do_not_matter(method, scale):
     out = subquad.yoso_attention(q * np.float32(scale), k, v, **METHOD[method])
     expected = subquad.yoso_attention(q, k, v, **METHOD[method])
     np.testing.assert_allclose(out, expected, atol=2e-2 if scale == 1e-38 else 2e-5)
-    for gradient in subquad.yoso_attention_bwd(v[:, :, :1].repeat(37, 2), q, k * np.float32(scale), v, **METHOD[method]):
+    for gradient in subquad.yoso_attention_bwd(
+        v[:, :, :1].repeat(37, 2), q, k * np.float32(scale), v, **METHOD[method]
+    ):
         assert not np.isnan(gradient).any()
 
 
@@ -362,7 +364,13 @@ def test_the_error_falls_as_the_root_of_the_hashes():
         np.sqrt(
             np.mean(
                 [
-                    (subquad.yoso_attention(q, k, v, num_hashes=m, hash_bits=6, hashing="gaussian", seed=s, normalize=False) - exact) ** 2
+                    (
+                        subquad.yoso_attention(
+                            q, k, v, num_hashes=m, hash_bits=6, hashing="gaussian", seed=s, normalize=False
+                        )
+                        - exact
+                    )
+                    ** 2
                     for s in range(20)
                 ]
             )

@@ -90,7 +90,9 @@ def redrawn_floor(plain, q, k, exact, gradients=None, draws=10):
         order = rng.permutation(q.shape[-1])
         lengths = [rng.uniform(1, 2, (*x.shape[:-1], 1)) for x in (q, k)]
         results = plain(*((x * length)[..., order] for x, length in zip((q, k), lengths, strict=True)))
-        for i, (result, truth) in enumerate(zip(results if isinstance(results, tuple) else (results,), exact, strict=True)):
+        for i, (result, truth) in enumerate(
+            zip(results if isinstance(results, tuple) else (results,), exact, strict=True)
+        ):
             if gradients and i in gradients:
                 result = result[..., np.argsort(order)] * lengths[gradients.index(i)]
             error = np.abs(result - truth)

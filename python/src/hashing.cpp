@@ -35,7 +35,8 @@ Carving carving_of(const char* op, handle value) {
 }
 
 GradientRule rule_of(const char* op, handle value) {
-  return choice<GradientRule>(op, "grad", value, {{"exact", GradientRule::exact}, {"lower_bound", GradientRule::lower_bound}});
+  return choice<GradientRule>(op, "grad", value,
+                              {{"exact", GradientRule::exact}, {"lower_bound", GradientRule::lower_bound}});
 }
 
 void hash_planes(handle x_, handle planes_, handle codes_) {
@@ -116,7 +117,8 @@ void gradient(handle dout_, handle q_, handle k_, handle v_, handle codes_q_, ha
               handle dq_, handle dk_) {
   constexpr const char* op = "bucket_gradient";
   Border border(op);
-  const ConstTensor dout = border.in("dout", dout_), q = border.in("q", q_), k = border.in("k", k_), v = border.in("v", v_);
+  const ConstTensor dout = border.in("dout", dout_), q = border.in("q", q_), k = border.in("k", k_),
+                    v = border.in("v", v_);
   const ConstTensor codes_q = border.in("codes_q", codes_q_), codes_k = border.in("codes_k", codes_k_);
   const Tensor dq = border.out("dq", dq_), dk = border.out("dk", dk_);
   BucketGradientOptions options;
@@ -160,7 +162,8 @@ void collision_bwd(handle dout_, handle q_, handle k_, handle v_, handle hash_bi
                    handle query_mask, handle is_causal, handle dq_, handle dk_, handle dv_) {
   constexpr const char* op = "collision_attention_bwd";
   Border border(op);
-  const ConstTensor dout = border.in("dout", dout_), q = border.in("q", q_), k = border.in("k", k_), v = border.in("v", v_);
+  const ConstTensor dout = border.in("dout", dout_), q = border.in("q", q_), k = border.in("k", k_),
+                    v = border.in("v", v_);
   const Tensor dq = border.out("dq", dq_), dk = border.out("dk", dk_), dv = optional_out(border, "dv", dv_);
   const auto options = collision_options(op, border, hash_bits, key_mask, query_mask, is_causal);
   const GradientRule rule = rule_of(op, grad);

@@ -13,8 +13,10 @@ YosoOptions yoso_options(const char* op, Border& border, const nb::dict& keyword
   YosoOptions o;
   o.num_hashes = integer(op, "num_hashes", at("num_hashes"));
   o.hash_bits = integer(op, "hash_bits", at("hash_bits"));
-  o.hashing = choice<Hashing>(op, "hashing", at("hashing"), {{"hadamard", Hashing::hadamard}, {"gaussian", Hashing::gaussian}});
-  o.carving = choice<Carving>(op, "carving", at("carving"), {{"strided", Carving::strided}, {"published", Carving::published}});
+  o.hashing =
+      choice<Hashing>(op, "hashing", at("hashing"), {{"hadamard", Hashing::hadamard}, {"gaussian", Hashing::gaussian}});
+  o.carving =
+      choice<Carving>(op, "carving", at("carving"), {{"strided", Carving::strided}, {"published", Carving::published}});
   o.expectation = boolean(op, "expectation", at("expectation"));
   o.is_causal = boolean(op, "is_causal", at("is_causal"));
   o.normalize = boolean(op, "normalize", at("normalize"));
@@ -46,7 +48,8 @@ void yoso(handle q_, handle k_, handle v_, const nb::dict& keywords, handle out_
 void yoso_bwd(handle dout_, handle q_, handle k_, handle v_, const nb::dict& keywords, handle out_, handle lse_,
               handle dq_, handle dk_, handle dv_) {
   Border border("yoso_attention_bwd");
-  const ConstTensor dout = border.in("dout", dout_), q = border.in("q", q_), k = border.in("k", k_), v = border.in("v", v_);
+  const ConstTensor dout = border.in("dout", dout_), q = border.in("q", q_), k = border.in("k", k_),
+                    v = border.in("v", v_);
   const YosoOptions options = yoso_options("yoso_attention_bwd", border, keywords);
   const ConstTensor out = border.in("out", out_), lse = border.in("lse", lse_);
   const Tensor dq = border.out("dq", dq_), dk = border.out("dk", dk_), dv = border.out("dv", dv_);

@@ -43,8 +43,8 @@ class Cupy(Numpy):
 
 
 class Jax(Numpy):
-    """Eager jax arrays on the CPU: read as numpy views, returned from buffers that jax can adopt. jax arrays are immutable,
-    so no kernel ever sees one as an output."""
+    """Eager jax arrays on the CPU: read as numpy views, returned from buffers that jax can adopt. jax arrays are
+    immutable, so no kernel ever sees one as an output."""
 
     @staticmethod
     def enter(x: Array) -> Array:
@@ -57,11 +57,11 @@ class Jax(Numpy):
 
     @staticmethod
     def empty(shape: tuple[int, ...], dtype: str | None, like: Array) -> Array:
-        dtype = np.dtype(like.dtype if dtype is None else dtype)
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        element = np.dtype(like.dtype if dtype is None else dtype)
+        size = int(np.prod(shape, dtype=np.int64)) * element.itemsize
         raw = np.empty(size + _ALIGNMENT, np.uint8)
         start = -raw.ctypes.data % _ALIGNMENT
-        return raw[start : start + size].view(dtype).reshape(shape)
+        return raw[start : start + size].view(element).reshape(shape)
 
     @staticmethod
     def leave(x: Array) -> Array:

@@ -36,8 +36,8 @@ def lsh_hash(
     planes: [R, J, D] or [Hp, R, J, D] float32, H a multiple of Hp: explicit hyperplanes, codes = signs of planes . x.
     signs: [3, P, D2] or [Hp, 3, P, D2] float32 of +-1 instead of planes: three rounds of sign flips and Walsh-Hadamard
         transforms, needs num_hashes and hash_bits; D2 is the power of two >= max(D, 64) and P the number of transforms.
-    carving: "strided" spreads the bits of a code over the transforms (nearly the hyperplane law), "published" takes them
-        from one transform as the published code does, which makes collisions of far vectors up to 60 % too rare.
+    carving: "strided" spreads the bits of a code over the transforms (nearly the hyperplane law), "published" takes
+        them from one transform as the published code does, which makes collisions of far vectors up to 60 % too rare.
     Returns codes [B, H, R, N], uint16 up to 16 bits, else int32.
 
     Hadamard codes are bit-equal on every backend; Gaussian ones outside |projection| <= D * 2^-23 * |x| * |plane|.
@@ -51,11 +51,16 @@ def lsh_hash(
         planes = _with_heads(call.enter("planes", planes), 4)
         if planes.ndim != 4:
             raise ValueError(f"[lsh_hash] planes: expected shape [Hp, R, J, D], got {list(planes.shape)}")
-        for name, given, found in (("num_hashes", num_hashes, planes.shape[1]), ("hash_bits", hash_bits, planes.shape[2])):
+        for name, given, found in (
+            ("num_hashes", num_hashes, planes.shape[1]),
+            ("hash_bits", hash_bits, planes.shape[2]),
+        ):
             if given is not None and given != found:
                 raise ValueError(f"[lsh_hash] {name}: expected {found} as in planes, got {given}")
         if carving != "strided":
-            raise ValueError(f'[lsh_hash] carving: expected "strided" with planes, which are not carved, got "{carving}"')
+            raise ValueError(
+                f'[lsh_hash] carving: expected "strided" with planes, which are not carved, got "{carving}"'
+            )
         num_hashes, hash_bits = int(planes.shape[1]), int(planes.shape[2])
     elif num_hashes is None or hash_bits is None:
         raise ValueError("[lsh_hash] signs: expected num_hashes and hash_bits with them, got None")
@@ -111,7 +116,8 @@ def bucket_attention(
     """out[b,h,n] = scale * sum over hashes r and keys m with codes_q[b,h,r,n] == codes_k[b,g,r,m] of v[b,g,m].
 
     codes_q: [B, H, R, N], codes_k: [B, Hkv, R, M], one dtype (uint16 or int32), values in [0, num_buckets);
-    v: [B, Hkv, M, E]. key_mask [B, M], query_mask [B, N]: bool, True = keep. is_causal: query n sees keys m <= n + (M - N).
+    v: [B, Hkv, M, E]. key_mask [B, M], query_mask [B, N]: bool, True = keep. is_causal: query n sees keys
+    m <= n + (M - N).
     Returns [B, H, N, E] like v. Linear in N + M for any codes, memory bounded for any num_buckets up to 2^24.
     """
     call = Call("bucket_attention", v=v, codes_q=codes_q, codes_k=codes_k, key_mask=key_mask, query_mask=query_mask)
@@ -242,7 +248,7 @@ def collision_attention_bwd(
 
 
 def l2_normalize(x: Array, *, return_lse: bool = False, out: Array = None) -> Array | tuple[Array, Array]:
-    """Rows of x [B, H, N, D] divided by their l2 norm; a zero row stays zero. return_lse adds ln |x| [B, H, N] float32."""
+    """Rows of x [B, H, N, D] over their l2 norm; a zero row stays zero. return_lse adds ln |x| [B, H, N] float32."""
     call = Call("l2_normalize", x=x)
     shape = call.shape("x", "B H N D")
     out = call.out(out, shape, "x")
@@ -252,7 +258,7 @@ def l2_normalize(x: Array, *, return_lse: bool = False, out: Array = None) -> Ar
 
 
 def l2_normalize_bwd(dy: Array, y: Array, lse: Array) -> Array:
-    """Gradient of l2_normalize for x: (dy - y <y, dy>) exp(-lse), and 0 for zero rows. Shapes as l2_normalize gave them."""
+    """Gradient of l2_normalize for x: (dy - y <y, dy>) exp(-lse), and 0 for zero rows; y, lse as l2_normalize gave."""
     call = Call("l2_normalize_bwd", dy=dy, y=y, lse=lse)
     dx = call.empty(call.shape("dy", "B H N D"), "dy")
     _ext.l2_normalize_bwd(call.arrays["dy"], call.arrays["y"], call.arrays["lse"], dx)

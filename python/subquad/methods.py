@@ -42,12 +42,12 @@ def yoso_attention(
 
         X_n = (1 / num_hashes) sum_r sum_m [code_r(q_n) == code_r(k_m)] v_m,        out_n = X_n / |X_n|
 
-    in time linear in N. E[X_n] = sum_m (1 - angle(q_n, k_m) / pi)^hash_bits v_m, which expectation=True computes densely
-    (YOSO-E). This is an attention of its own, not an approximation of softmax attention: it has no temperature, and a model
-    has to be trained, or at least tuned, with it. The standard deviation of X falls as num_hashes^-1/2.
+    in time linear in N. E[X_n] = sum_m (1 - angle(q_n, k_m) / pi)^hash_bits v_m, which expectation=True computes
+    densely (YOSO-E). This is an attention of its own, not an approximation of softmax attention: it has no temperature,
+    and a model has to be trained, or at least tuned, with it. The standard deviation of X falls as num_hashes^-1/2.
 
-    q [B, H, N, D], k [B, Hkv, M, D], v [B, Hkv, M, E]: float32, float16 or bfloat16, H a multiple of Hkv, D and E in 1..512;
-        any strides with a contiguous last axis.
+    q [B, H, N, D], k [B, Hkv, M, D], v [B, Hkv, M, E]: float32, float16 or bfloat16, H a multiple of Hkv, D and E in
+        1..512; any strides with a contiguous last axis.
     num_hashes, hash_bits: the number of codes (samples) and bits per code, 1..24; hash_bits of about log2(M) is usual.
     hashing: "hadamard" (fast, nearly unbiased) or "gaussian" (exactly unbiased, slower); carving: see lsh_hash.
     planes [num_hashes, hash_bits, D] or signs [3, P, D2], each optionally with a leading Hkv axis: explicit randomness.
@@ -98,8 +98,8 @@ def yoso_attention_bwd(
 ) -> tuple[Array, Array, Array]:
     """Gradients dq, dk, dv of yoso_attention for the gradient dout [B, H, N, E] of its result.
 
-    Give the keywords of the forward call; codes are hashed again from the seed or the explicit arrays. out and lse: what
-    the forward pass returned (return_lse=True); with both of them the sum X is not formed again.
+    Give the keywords of the forward call; codes are hashed again from the seed or the explicit arrays. out and lse:
+    what the forward pass returned (return_lse=True); with both of them the sum X is not formed again.
 
     dv is exact for the sum that the forward pass formed. dq and dk, with tau = hash_bits, are by `grad`
     "sampled": linear cost, unbiased over the draw for "lower_bound" (default when sampling);

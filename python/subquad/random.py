@@ -19,17 +19,17 @@ __all__ = ["random_normal", "random_signs", "random_uniform"]
 
 def _draw(op: str, shape: int | Sequence[int], seed: Any, stream: int, out: Array) -> Array:
     try:
-        shape = tuple(int(n) for n in ([shape] if np.ndim(shape) == 0 else shape))  # type: ignore[arg-type]
+        extents = tuple(int(n) for n in (shape if isinstance(shape, Sequence) else [shape]))
     except (TypeError, ValueError):
         raise TypeError(f"[{op}] shape: expected a sequence of integers, got {shape!r}") from None
-    if any(n < 0 for n in shape):
-        raise ValueError(f"[{op}] shape: expected extents of at least 0, got {list(shape)}")
+    if any(n < 0 for n in extents):
+        raise ValueError(f"[{op}] shape: expected extents of at least 0, got {list(extents)}")
     if out is None:
-        out = np.empty(shape, np.float32)
+        out = np.empty(extents, np.float32)
     elif framework_of(op, "out", out) is Jax:
         raise TypeError(f"[{op}] out: expected a writable array, got a jax array, which is immutable")
-    elif tuple(out.shape) != shape:
-        raise ValueError(f"[{op}] out: expected shape {list(shape)}, got {list(out.shape)}")
+    elif tuple(out.shape) != extents:
+        raise ValueError(f"[{op}] out: expected shape {list(extents)}, got {list(out.shape)}")
     getattr(_ext, op)(seed, stream, out)
     return out
 

@@ -16,7 +16,7 @@ struct Sizes {
   int64_t hash_bits = 3, num_samples = 4, used_codes = 0;  // used_codes: codes that occur; 0 = all
   GradientRule rule = GradientRule::lower_bound;
   bool causal = false, masked = false;
-  double likeness = 0;  // how near keys come to queries
+  double likeness = 0;  // how near keys come to queries (1), or to their opposites (-1)
 };
 
 /// The gradient of one row, and a bound of what f32 sums may lose in it.
@@ -42,8 +42,8 @@ struct Problem {
     };
     fill(q, s.batch * s.heads_q * s.seq_q * s.dim_qk), fill(k, s.batch * s.heads_kv * s.seq_k * s.dim_qk);
     fill(v, s.batch * s.heads_kv * s.seq_k * s.dim_v), fill(dout, s.batch * s.heads_q * s.seq_q * s.dim_v);
-    for (size_t i = 0; s.likeness > 0 && i < std::min(k.size(), q.size()); ++i)
-      from_float(float(s.likeness * to_float(q[i]) + (1 - s.likeness) * to_float(k[i])), &k[i]);
+    for (size_t i = 0; s.likeness != 0 && i < std::min(k.size(), q.size()); ++i)
+      from_float(float(s.likeness * to_float(q[i]) + (1 - std::fabs(s.likeness)) * to_float(k[i])), &k[i]);
     const int64_t codes = s.used_codes ? s.used_codes : int64_t(1) << s.hash_bits;
     const int64_t step = (int64_t(1) << s.hash_bits) / codes;  // spread over the range
     for (int64_t i = 0; i < s.batch * s.heads_q * s.num_hashes * s.seq_q; ++i)

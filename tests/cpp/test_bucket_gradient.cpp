@@ -117,7 +117,7 @@ TEST(sixteen_bit_arrays) {
 
 TEST(rows_near_each_other) {
   check::for_each_isa([](const std::string&) {
-    for (const double likeness : {0.5, 0.9, 0.99, 0.999}) {
+    for (const double likeness : {0.5, 0.9, 0.99, 0.999, -0.9, -0.999}) {
       Sizes s = sizes(1, 1, 1, 3, 24, 24, 16, 8, 2, 4);
       s.likeness = likeness;
       check_all<uint16_t, float>(s, 21);
@@ -271,6 +271,8 @@ TEST(errors_name_what_is_wrong) {
                   "[bucket_gradient] codes_k: expected values in [0, 8), got 8 at [0, 0, 2, 1]");
   CHECK_THROWS(with([](auto& p) { p.codes_q[17] = 99; }),
                "[bucket_gradient] codes_q: expected values in [0, 8), got 99 at [0, 1, 0, 2]");
+  CHECK_THROWS_AS(Unsupported, run(Problem<uint16_t, float>(sizes(1, 1, 1, 1, 2, 2, 8, 513, 3, 4), 1)),
+                  "[bucket_gradient] no kernel on cpu");
   std::vector<float> x(500), dq(80), dk(48);
   std::vector<uint16_t> codes(30);
   const Queue queue = Queue::cpu(1);

@@ -378,7 +378,7 @@ TEST(mistakes_are_named) {
   const ConstTensor wide = make_tensor(static_cast<const float*>(memory.data()), {1, 1, 1, 513});
   const ConstTensor wide_planes = make_tensor(static_cast<const float*>(sign_memory.data()), {1, 1, 1, 513});
   CHECK_THROWS_AS(Unsupported, dense(wide, wide_planes, make_tensor(code_memory.data(), {1, 1, 1, 1})),
-                  "for head_dim above 512");
+                  "for a head dimension above 512");
 }
 
 }  // namespace

@@ -8,15 +8,16 @@ struct BucketAttentionOptions {
   int64_t num_buckets = 0;  ///< codes lie in [0, num_buckets); 1 to 2^24
   double scale = 1.0;       ///< multiplies every sum, typically 1 / num_hashes; finite
   bool is_causal = false;   ///< query n sees keys m <= n + (M - N)
-  ConstTensor key_mask;     ///< [B, M] bool, True = keep; optional. A masked key has no effect, not even with NaN in it.
-  ConstTensor query_mask;   ///< [B, N] bool, True = keep; optional. A masked query gives 0.
+  ConstTensor key_mask;    ///< [B, M] bool, True = keep; optional. A masked key has no effect, not even with NaN in it.
+  ConstTensor query_mask;  ///< [B, N] bool, True = keep; optional. A masked query gives 0.
 };
 
 /// Sampled collisions.
 ///
 ///   out[b,h,n,:] = scale * sum_r sum_m [ codes_q[b,h,r,n] == codes_k[b,g,r,m] ] v[b,g,m,:],   g = h / (H / Hkv)
 ///
-/// Source: Zeng et al., "You only sample (almost) once", ICML 2021, without its atomics, dropped tails and ignored masks.
+/// Source: Zeng et al., "You only sample (almost) once", ICML 2021, without its atomics, dropped tails and ignored
+/// masks.
 ///
 /// @param codes_q  [B, H, R, N]     u16 | i32
 /// @param codes_k  [B, Hkv, R, M]   the same dtype; H a multiple of Hkv

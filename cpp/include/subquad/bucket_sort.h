@@ -5,7 +5,8 @@
 namespace subquad {
 
 /// order[b,h,r,:] lists the token indices by ascending code, equal codes in token order, tokens with mask False last;
-/// bucket c holds order[b,h,r, offsets[b,h,r,c] .. offsets[b,h,r,c+1]), and offsets[b,h,r,num_buckets] counts valid tokens.
+/// bucket c holds order[b,h,r, offsets[b,h,r,c] .. offsets[b,h,r,c+1]), and offsets[b,h,r,num_buckets] counts valid
+/// tokens.
 ///
 /// @param codes        [B, H, R, N]                u16 | i32, values in [0, num_buckets) (checked on the CPU).
 /// @param num_buckets  in [1, 2^24].

@@ -21,10 +21,11 @@ struct CollisionAttentionOptions {
 ///
 /// @param q, k, v  [B, H, N, D], [B, Hkv, M, D], [B, Hkv, M, E]   f32 | f16 | bf16, one dtype; D, E in [1, 512]
 /// @param out      [B, H, N, E]   f32 | f16 | bf16; every element is written; must not overlap the inputs
-/// @throws std::invalid_argument or TypeMismatch if a line above is violated; Unsupported if no kernel fits.
+/// @throws std::invalid_argument or TypeMismatch if a line above is violated; Unsupported if no kernel fits
+///         (on the CPU: a head dimension above 512).
 ///
-/// Promises: O(N M) time, O(N + M) memory; the same bits for any number of threads; products and sums in f32 (the AMX row
-/// multiplies bf16 weights with bf16 values); |error of u| < 2e-7; asynchronous on a CUDA queue.
+/// Promises: O(N M) time, O(N + M) memory; the same bits for any number of threads; products and sums in f32 (the AMX
+/// row multiplies bf16 weights with bf16 values); |error of u| < 2e-7; asynchronous on a CUDA queue.
 SUBQUAD_API void collision_attention(const Queue& queue, ConstTensor q, ConstTensor k, ConstTensor v,
                                      const CollisionAttentionOptions& options, Tensor out, Workspace workspace);
 SUBQUAD_API int64_t collision_attention_workspace_bytes(const Queue& queue, ConstTensor q, ConstTensor k, ConstTensor v,
@@ -33,9 +34,10 @@ SUBQUAD_API int64_t collision_attention_workspace_bytes(const Queue& queue, Cons
 /// Its gradient for raw q, k and v, in the form that stays bounded when q_n and k_m are parallel.
 ///
 ///   dv_m = sum_n p_nm dout_n;   dqhat_n = sum_m <dout_n, v_m> (dp/dx)(x_nm) khat_m, through the normalisation:
-///   exact:       dq_n = (1 / |q_n|) sum_m <dout_n, v_m> (tau / pi) u^(tau-1) t_nm,   t_nm = (khat_m - x qhat_n) / sqrt(1 - x^2)
-///   lower_bound: dq_n = (1 / |q_n|) (I - qhat qhat^T) sum_m <dout_n, v_m> (tau / 2) u^tau khat_m
-///   dk likewise. t is a unit vector; it is taken as 0 where 1 - x^2 rounds to less than 1e-8. Zero rows get gradient 0.
+///   exact:       dq_n = (1 / |q_n|) sum_m <dout_n, v_m> (tau / pi) u^(tau-1) t_nm,   t_nm = (khat_m - x qhat_n) /
+///   sqrt(1 - x^2) lower_bound: dq_n = (1 / |q_n|) (I - qhat qhat^T) sum_m <dout_n, v_m> (tau / 2) u^tau khat_m
+///   dk likewise. t is a unit vector; it is taken as 0 where 1 - x^2 rounds to less than 1e-8. Zero rows get gradient
+/// 0.
 ///
 /// @param dout        [B, H, N, E]  f32 | f16 | bf16
 /// @param dq, dk, dv  like q, k, v; dv is optional

@@ -16,11 +16,11 @@ enum class DType : uint8_t { none, f32, f16, bf16, i64, i32, u16, u8, boolean };
 
 /// Size of one element in bytes; 0 for `none`.
 static constexpr int64_t dtype_bytes(DType t) {
-  return t == DType::none                                                   ? 0
-         : t == DType::i64                                                  ? 8
-         : t == DType::f32 || t == DType::i32                               ? 4
-         : t == DType::f16 || t == DType::bf16 || t == DType::u16           ? 2
-                                                                            : 1;
+  return t == DType::none                                         ? 0
+         : t == DType::i64                                        ? 8
+         : t == DType::f32 || t == DType::i32                     ? 4
+         : t == DType::f16 || t == DType::bf16 || t == DType::u16 ? 2
+                                                                  : 1;
 }
 
 static constexpr bool is_float(DType t) { return t == DType::f32 || t == DType::f16 || t == DType::bf16; }
@@ -65,7 +65,8 @@ static SUBQUAD_HD inline void from_float(float x, float* y) { *y = x; }
 /// Round to nearest even; NaN stays a quiet NaN.
 static SUBQUAD_HD inline void from_float(float x, bfloat16* y) {
   const uint32_t u = float_to_bits(x);
-  y->bits = (u & 0x7fffffffu) > 0x7f800000u ? uint16_t(u >> 16 | 0x40u) : uint16_t((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
+  y->bits =
+      (u & 0x7fffffffu) > 0x7f800000u ? uint16_t(u >> 16 | 0x40u) : uint16_t((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 }
 
 /// Round to nearest even; overflow becomes infinity, NaN stays a quiet NaN.

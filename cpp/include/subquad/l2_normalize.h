@@ -7,9 +7,11 @@ namespace subquad {
 /// y[b,h,n,:] = x[b,h,n,:] / |x[b,h,n,:]|,   lse[b,h,n] = ln |x[b,h,n,:]|;   a zero row stays zero, with lse = -inf.
 ///
 /// @param x    [B, H, N, D]  f32 | f16 | bf16; D in [1, 512]
-/// @param y    [B, H, N, D]  f32 | f16 | bf16; may be x itself (same address, strides and dtype), else must not overlap it
+/// @param y    [B, H, N, D]  f32 | f16 | bf16; may be x itself (same address, strides and dtype), else must not overlap
+///        it
 /// @param lse  [B, H, N]     f32; optional
-/// @throws std::invalid_argument or TypeMismatch if a line above is violated; Unsupported if no kernel fits.
+/// @throws std::invalid_argument or TypeMismatch if a line above is violated; Unsupported if no kernel fits
+///         (on the CPU: a head dimension above 512).
 ///
 /// Promises: no overflow or underflow for any finite row; f32 arithmetic; deterministic; asynchronous on a CUDA queue.
 SUBQUAD_API void l2_normalize(const Queue& queue, ConstTensor x, Tensor y, Tensor lse);

@@ -14,7 +14,8 @@ namespace subquad {
 /// @param x       [B, H, N, D]   f32 | f16 | bf16; last axis contiguous; D in [1, 512].
 /// @param planes  [Hp, R, J, D]  f32; H a multiple of Hp; R = num_hashes >= 1, J = hash_bits in [1, 24].
 /// @param codes   [B, H, R, N]   u16 (J <= 16) or i32; every element is written; must not overlap x or planes.
-/// @throws std::invalid_argument or TypeMismatch if a line above is violated; Unsupported if no kernel fits.
+/// @throws std::invalid_argument or TypeMismatch if a line above is violated; Unsupported if no kernel fits
+///         (on the CPU: a head dimension above 512).
 ///
 /// Promises: deterministic; asynchronous on a CUDA queue. Sums are f32, so two backends may differ in bit j only where
 /// |projection| <= D * 2^-23 * |x| * |plane|.
@@ -24,8 +25,9 @@ SUBQUAD_API int64_t lsh_hash_workspace_bytes(const Queue& queue, ConstTensor x, 
 /// How the bits of a code are taken from the coordinates of the transforms.
 /// strided: flat bit g = r*J + j is coordinate g / P of transform g mod P: the bits of a code come from different
 ///   transforms as far as possible, so collisions follow the hyperplane law closely.
-/// published: code c of transform p is its coordinates c*J ... c*J + J - 1 (c < D2 / J), r = p * (D2 / J) + c. Bits from one
-///   orthogonal transform are negatively dependent: collisions of far vectors are too rare (25 % at D = 64, J = 9).
+/// published: code c of transform p is its coordinates c*J ... c*J + J - 1 (c < D2 / J), r = p * (D2 / J) + c. Bits
+///   from one orthogonal transform are negatively dependent: collisions of far vectors are too rare (25 % at
+///   D = 64, J = 9).
 enum class Carving : uint8_t { strided, published };
 
 /// P, the number of Hadamard transforms that `num_hashes` codes of `hash_bits` bits are carved from.
@@ -40,9 +42,11 @@ SUBQUAD_API int64_t hadamard_padded(int64_t dim);
 /// Source: Andoni et al., NeurIPS 2015 (three rounds); Zeng et al., ICML 2021 (use in YOSO).
 ///
 /// @param x       [B, H, N, D]       f32 | f16 | bf16; last axis contiguous; D in [1, 512].
-/// @param signs   [Hp, 3, P, D2]     f32 of +1 and -1 (only the sign bit is read); P = hadamard_parts(R, hash_bits, D, carving).
+/// @param signs   [Hp, 3, P, D2]     f32 of +1 and -1 (only the sign bit is read); P = hadamard_parts(R, hash_bits, D,
+///        carving).
 /// @param codes   [B, H, R, N]       u16 (hash_bits <= 16) or i32; must not overlap x or signs.
-/// @throws std::invalid_argument or TypeMismatch if a line above is violated; Unsupported if no kernel fits.
+/// @throws std::invalid_argument or TypeMismatch if a line above is violated; Unsupported if no kernel fits
+///         (on the CPU: a head dimension above 512).
 ///
 /// Promises: deterministic and bit-equal on every backend (additions only, in the fixed butterfly order of strides
 /// 1, 2, 4, ...; rows outside [2^-100, 2^100] are first scaled by a power of two); asynchronous on a CUDA queue.

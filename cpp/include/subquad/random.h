@@ -15,14 +15,16 @@ struct Seed {
 
 /// Uniform numbers from a counter.
 ///
-///   out[l,n,d] = 2^-24 * floor(word / 2^8),   word = word d % 4 of Philox4x32-10(counter = (n, d / 4, l, stream), key = seed)
+///   out[l,n,d] = 2^-24 * floor(word / 2^8),   word = word d % 4 of Philox4x32-10(counter = (n, d / 4, l, stream), key
+/// = seed)
 ///
 /// with l the flat index over all axes before the last two (missing axes count as 1).
 /// Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 ///
 /// @param stream  an independent sequence per number; 1 to 15 are the library's own draws (1 hash planes, 2 Hadamard
 ///                signs, 3 pairs of the sampled gradient), 0 and 16 on are free.
-/// @param out     [..., H, N, D]  f32, rank at most 6; every element is written; N and H-and-before at most 2^32.
+/// @param out     [..., H, N, D]  f32, rank at most 6; every element is written; N and H-and-before at most 2^32;
+///                the axes before the last two must flatten to one without a copy.
 /// @throws std::invalid_argument or TypeMismatch if a line above is violated.
 ///
 /// Promises: no allocation; bit-equal on every backend; asynchronous on a CUDA queue.

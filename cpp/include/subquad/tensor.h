@@ -11,7 +11,8 @@ namespace subquad {
 
 inline constexpr int kMaxRank = 6;
 
-/// A read-only view: pointer, shape, strides (in elements), dtype, device. A default-constructed view means "not given".
+/// A read-only view: pointer, shape, strides (in elements), dtype, device. A default-constructed view means "not
+/// given".
 struct ConstTensor {
   const void* data = nullptr;
   int64_t shape[kMaxRank] = {};
@@ -42,14 +43,22 @@ struct Workspace {
 template <class T>
 constexpr DType dtype_of() {
   using U = std::remove_const_t<T>;
-  if constexpr (std::is_same_v<U, float>) return DType::f32;
-  else if constexpr (std::is_same_v<U, half>) return DType::f16;
-  else if constexpr (std::is_same_v<U, bfloat16>) return DType::bf16;
-  else if constexpr (std::is_same_v<U, int64_t>) return DType::i64;
-  else if constexpr (std::is_same_v<U, int32_t>) return DType::i32;
-  else if constexpr (std::is_same_v<U, uint16_t>) return DType::u16;
-  else if constexpr (std::is_same_v<U, bool>) return DType::boolean;
-  else return DType::u8;
+  if constexpr (std::is_same_v<U, float>)
+    return DType::f32;
+  else if constexpr (std::is_same_v<U, half>)
+    return DType::f16;
+  else if constexpr (std::is_same_v<U, bfloat16>)
+    return DType::bf16;
+  else if constexpr (std::is_same_v<U, int64_t>)
+    return DType::i64;
+  else if constexpr (std::is_same_v<U, int32_t>)
+    return DType::i32;
+  else if constexpr (std::is_same_v<U, uint16_t>)
+    return DType::u16;
+  else if constexpr (std::is_same_v<U, bool>)
+    return DType::boolean;
+  else
+    return DType::u8;
 }
 
 /// A contiguous row-major view of `data` on the CPU or on `device`.

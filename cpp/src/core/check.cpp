@@ -46,7 +46,8 @@ bool has_distinct_elements(const ConstTensor& t) {
   for (int i = 0; i < t.rank; ++i)
     if (t.shape[i] > 1) order[count++] = i;
   const auto magnitude = [&](int axis) { return std::abs(t.stride[axis]); };
-  std::sort(order, order + count, [&](int a, int b) { return magnitude(a) < magnitude(b); });
+  for (int i = 1; i < count; ++i)
+    for (int j = i; j > 0 && magnitude(order[j]) < magnitude(order[j - 1]); --j) std::swap(order[j], order[j - 1]);
   int64_t reach = 0;
   for (int i = 0; i < count; ++i) {
     if (magnitude(order[i]) <= reach) return false;
@@ -70,7 +71,8 @@ void unsupported(const char* op, const std::string& reason) {
 }
 
 std::string to_string(DType dtype) {
-  static const char* const names[] = {"none", "float32", "float16", "bfloat16", "int64", "int32", "uint16", "uint8", "bool"};
+  static const char* const names[] = {"none",  "float32", "float16", "bfloat16", "int64",
+                                      "int32", "uint16",  "uint8",   "bool"};
   return names[int(dtype)];
 }
 

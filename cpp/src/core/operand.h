@@ -8,9 +8,13 @@
 
 namespace subquad {
 
-/// An array of up to four axes whose last axis is contiguous. A null `data` of a non-empty axis product means "not given".
-/// Axes are those of the operator's header, aligned at the front: stride[0] is the first axis. Strides are in elements and
-/// may be zero or negative.
+/// Widest rows of queries, keys and values that the CPU kernels take, and what they say of wider ones.
+static constexpr int64_t kMaxHeadDim = 512;
+static constexpr const char* kTooWide = "a head dimension above 512";
+
+/// An array of up to four axes whose last axis is contiguous. A null `data` of a non-empty axis product means "not
+/// given". Axes are those of the operator's header, aligned at the front: stride[0] is the first axis. Strides are in
+/// elements and may be zero or negative.
 struct Operand {
   void* data;
   int64_t stride[4];

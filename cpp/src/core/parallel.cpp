@@ -268,8 +268,7 @@ void parallel_run(int num_threads, int64_t tasks, void (*task)(void*, int64_t, i
     Region region{task, context, tasks, std::max<int64_t>(1, tasks / (int64_t(threads) * 64)), threads};
     const bool own = kThreadSanitizer || forked.load(std::memory_order_relaxed);
     if (const OpenMp* openmp = own ? nullptr : loaded_openmp()) {
-      // The whole team, though some find no work: a smaller one would end threads that torch's next region starts
-      // again.
+      // The whole team, though some find no work: a smaller one ends threads that torch's next region starts again.
       const int team = std::max(threads, openmp->max_threads());
       return openmp->parallel(&Region::enter, &region, unsigned(team), 0);
     }

@@ -363,7 +363,7 @@ void run_codes(const Queue& queue, const Pass& pass) {
   });
 }
 
-const char* supports(const BucketAttentionArgs&) { return nullptr; }
+const char* supports(const BucketAttentionArgs& args) { return args.dim_v > kMaxHeadDim ? kTooWide : nullptr; }
 
 template <bool Backward>
 int64_t workspace_bytes(const Queue& queue, const BucketAttentionArgs& args) {

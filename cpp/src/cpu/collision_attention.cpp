@@ -358,7 +358,7 @@ Work backward_work(const Queue& queue, const Args& args) {
   return work(queue, plan(queue, key_pass(args)), plan(queue, query_pass(args)));
 }
 
-const char* supports(const Args&) { return nullptr; }
+const char* supports(const Args& a) { return larger(a.dim_qk, a.dim_v) > kMaxHeadDim ? kTooWide : nullptr; }
 
 int64_t workspace_bytes(const Queue& queue, const Args& args) { return bytes_for(forward_work(queue, args)); }
 

@@ -6,8 +6,6 @@
 namespace subquad::cpu::SUBQUAD_ISA {
 namespace {
 
-constexpr int64_t kMaxDim = 512;
-
 struct Place {
   int64_t b, h, n;
 };
@@ -38,7 +36,7 @@ const char* run_forward(const Queue& queue, const L2NormalizeArgs& args, void*) 
       auto* y = static_cast<decltype(y_tag)*>(args.y.data);
       float* lse = static_cast<float*>(args.lse.data);
       for_each_row(queue, args, [&](const Place& place) {
-        alignas(64) float row[kMaxDim];
+        alignas(64) float row[kMaxHeadDim];
         widen_padded(x + at(args.x, place), row, args.dim);
         const Length length = normalize_row(row, size);
         narrow(row, y + at(args.y, place), args.dim);
@@ -66,7 +64,7 @@ const char* run_backward(const Queue& queue, const L2NormalizeArgs& args, void*)
       const auto* dy = static_cast<const decltype(dy_tag)*>(args.dy.data);
       const auto* y = static_cast<const decltype(y_tag)*>(args.y.data);
       for_each_row(queue, args, [&](const Place& place) {
-        alignas(64) float row[kMaxDim], unit[kMaxDim];
+        alignas(64) float row[kMaxHeadDim], unit[kMaxHeadDim];
         const float length = lse[at(args.lse, place)];
         if (length == bits_to_float(0xff800000u)) {
           for (int64_t i = 0; i < size; ++i) row[i] = 0;
@@ -84,7 +82,7 @@ const char* run_backward(const Queue& queue, const L2NormalizeArgs& args, void*)
   return nullptr;
 }
 
-const char* supports(const L2NormalizeArgs& args) { return args.dim > kMaxDim ? "head_dim above 512" : nullptr; }
+const char* supports(const L2NormalizeArgs& args) { return args.dim > kMaxHeadDim ? kTooWide : nullptr; }
 
 int64_t workspace_bytes(const Queue&, const L2NormalizeArgs&) { return 0; }
 

@@ -48,9 +48,6 @@ Scratch lay_out(Arena& arena, const LshHashArgs& args) {
   return s;
 }
 
-/// All lanes x. Unlike 0 + x, x - 0 is x for every x, so that it costs no addition.
-inline F32 broadcast(float x) { return x - F32{}; }
-
 bool any(I32 mask) {
   int32_t lane[kLanes], bits = 0;
   store(lane, mask);
@@ -156,9 +153,9 @@ template <int Count>
 [[gnu::always_inline]] inline void signed_butterfly_rows(const float* x, const float* sign, float* y) {
   F32 a[8];
   for (int i = 0; i < 8; i += 2) {
-    const F32 first = load(x + i * kLanes) * broadcast(sign[i]), second = load(x + (i + 1) * kLanes);
-    a[i] = fma(second, broadcast(sign[i + 1]), first);
-    a[i + 1] = fma(-second, broadcast(sign[i + 1]), first);
+    const F32 first = load(x + i * kLanes) * set(sign[i]), second = load(x + (i + 1) * kLanes);
+    a[i] = fma(second, set(sign[i + 1]), first);
+    a[i + 1] = fma(-second, set(sign[i + 1]), first);
   }
   butterflies<8, 2>(a);
   for (int i = 0; i < 8; ++i) store(y + i * kLanes, a[i]);
@@ -208,7 +205,7 @@ template <int Vectors>
     F32 x[Vectors];
     for (int v = 0; v < Vectors; ++v) x[v] = load(tile + (d * Vectors + v) * kLanes);
     for (int i = 0; i < kPlanes; ++i) {
-      const F32 w = broadcast(plane[i][d]);
+      const F32 w = set(plane[i][d]);
       for (int v = 0; v < Vectors; ++v) sums[i][v] = fma(w, x[v], sums[i][v]);
     }
   }
@@ -340,7 +337,7 @@ void hash(const Queue& queue, const LshHashArgs& args, void* workspace) {
   });
 }
 
-const char* supports(const LshHashArgs& args) { return args.dim > 512 ? "head_dim above 512" : nullptr; }
+const char* supports(const LshHashArgs& args) { return args.dim > kMaxHeadDim ? kTooWide : nullptr; }
 
 int64_t workspace_bytes(const Queue& queue, const LshHashArgs& args) {
   Arena arena = {};

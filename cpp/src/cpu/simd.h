@@ -1,8 +1,8 @@
 /// The vocabulary of the CPU kernels: vectors of kLanes floats, the same words on every row.
 ///
 /// GCC and clang vector extensions carry the arithmetic; intrinsics appear only where a row has an instruction that the
-/// extensions cannot name. Everything here is static: an inline function compiled for AVX-512 must never become the copy
-/// that the linker keeps for the whole program.
+/// extensions cannot name. Everything here is static: an inline function compiled for AVX-512 must never become the
+/// copy that the linker keeps for the whole program.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -37,7 +37,8 @@ typedef uint32_t U32 __attribute__((vector_size(kLanes * 4)));
 typedef float LooseF32 __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t LooseI32 __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
-static inline F32 set(float x) { return F32{} + x; }
+// x - 0 is x for every x (0 + x is not, for -0), so compilers fold it into a plain broadcast.
+static inline F32 set(float x) { return x - F32{}; }
 static inline I32 set(int32_t x) { return I32{} + x; }
 static inline U32 set(uint32_t x) { return U32{} + x; }
 
@@ -82,7 +83,7 @@ static inline F32 abs(F32 x) { return as_f32(as_u32(x) & set(0x7fffffffu)); }
 
 static inline F32 sqrt(F32 x) {
 #if defined(__AVX512F__)
-  return (F32)_mm512_sqrt_ps((__m512)x);
+  return (F32)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
 #elif defined(__AVX2__)
   return (F32)_mm256_sqrt_ps((__m256)x);
 #elif defined(__SSE2__)
@@ -121,21 +122,29 @@ static inline float reduce_max(F32 x) {
 
 static inline F32 load(const bfloat16* p) {
   typedef uint16_t U16 __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+#if defined(__AVX512F__)
+  return as_f32((U32)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif defined(__AVX2__)
+  return as_f32((U32)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
   const U16 bits = *(const U16*)p;
   return as_f32(__builtin_convertvector(bits, U32) << 16);
+#endif
 }
 
 static inline F32 load(const half* p) {
 #if defined(__AVX512F__)
-  return (F32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return (F32)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__)
   return (F32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #elif defined(__aarch64__)
   return (F32)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p)));
 #else
-  F32 x;
-  for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
-  return x;
+  typedef uint16_t U16 __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+  const U32 bits = __builtin_convertvector(*(const U16*)p, U32), magnitude = bits & 0x7fffu;
+  const F32 finite = as_f32(magnitude << 13) * set(0x1p112f);
+  const U32 value = magnitude >= 0x7c00u ? (magnitude << 13 | 0x7f800000u) : as_u32(finite);
+  return as_f32(value | (bits & 0x8000u) << 16);
 #endif
 }
 
@@ -193,6 +202,16 @@ static inline void narrow(const float* src, T* dst, int64_t n) {
   for (; i < n; ++i) from_float(src[i], dst + i);
 }
 
+/// Interleaves the elements (Pair = 1) or pairs (Pair = 2) of a and b within each group of four lanes.
+template <int Pair, int... L>
+static inline void interleave_groups(F32& a, F32& b, Lanes<L...>) {
+  const F32 low = __builtin_shufflevector(
+      a, b, ((L & ~3) + (Pair == 1 ? (L & 3) / 2 : L & 1) + ((Pair == 1 ? L & 1 : L & 2) ? kLanes : 0))...);
+  b = __builtin_shufflevector(
+      a, b, ((L & ~3) + 2 + (Pair == 1 ? (L & 3) / 2 : L & 1) + ((Pair == 1 ? L & 1 : L & 2) ? kLanes : 0))...);
+  a = low;
+}
+
 /// Swaps the off-diagonal Step x Step blocks of two vectors.
 template <int Step, int... L>
 static inline void exchange(F32& a, F32& b, Lanes<L...>) {
@@ -209,6 +228,14 @@ static inline void exchange_all(F32* x) {
 }
 
 /// kLanes x kLanes: row i of the result is lane i of every input.
-static inline void transpose(F32 (&x)[kLanes]) { exchange_all<1>(x); }
+static inline void transpose(F32 (&x)[kLanes]) {
+  for (int i = 0; i < kLanes; i += 4) {
+    interleave_groups<1>(x[i], x[i + 1], AllLanes{}), interleave_groups<1>(x[i + 2], x[i + 3], AllLanes{});
+    interleave_groups<2>(x[i], x[i + 2], AllLanes{}), interleave_groups<2>(x[i + 1], x[i + 3], AllLanes{});
+    const F32 second = x[i + 2];
+    x[i + 2] = x[i + 1], x[i + 1] = second;
+  }
+  if constexpr (kLanes > 4) exchange_all<4>(x);
+}
 
 }  // namespace subquad::cpu::SUBQUAD_ISA

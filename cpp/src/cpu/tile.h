@@ -4,8 +4,8 @@
 ///
 /// B is packed in panels [depth, kPanel], so that the inner loop reads it front to back. A is read one element per row
 /// and step and broadcast: from a transposed panel, or from the tile of weights that an earlier product left. Each
-/// element of C is one chain of fused multiply-adds in the order of d, so its bits do not depend on how the rows are
-/// grouped.
+/// element of C is a fixed chain of fused multiply-adds in the order of d, so its bits do not depend on how the rows
+/// are grouped.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -62,10 +62,15 @@ static inline void tile_product(const float* a, const float* panels, int64_t pan
   if (columns > 0) register_tile<Add, 1, RowStep, DepthStep>(a, panels, depth, c, pitch);
 }
 
-/// C = A B with A transposed: row r at column r of a panel (`a` points at its first row).
+/// C = A B with A transposed: row r at column r of a panel (`a` points at its first row). Long products are summed in
+/// pieces of 128 steps, which keeps the rounding of one long chain down.
 static inline void product_of_panels(const float* a, const float* panels, int64_t depth, int64_t panel_depth, float* c,
                                      int64_t columns) {
-  tile_product<false, 1, kPanel>(a, panels, panel_depth, depth, c, kTileColumns, columns);
+  constexpr int64_t kPiece = 128;
+  tile_product<false, 1, kPanel>(a, panels, panel_depth, smaller(depth, kPiece), c, kTileColumns, columns);
+  for (int64_t d = kPiece; d < depth; d += kPiece)
+    tile_product<true, 1, kPanel>(a + d * kPanel, panels + d * kPanel, panel_depth, smaller(depth - d, kPiece), c,
+                                  kTileColumns, columns);
 }
 
 /// C += A B with A a tile of weights [kTileRows, kTileColumns] (`a` and `panels` point at its first step of depth).

@@ -13,7 +13,6 @@ namespace {
 constexpr const char* kOp = "yoso_attention";
 constexpr const char* kOpBwd = "yoso_attention_bwd";
 
-
 /// The view with a leading axis of extent 1 if it has rank `rank` - 1.
 ConstTensor with_leading_axis(const ConstTensor& t, int rank) {
   if (!t.defined() || t.rank != rank - 1) return t;
@@ -24,8 +23,8 @@ ConstTensor with_leading_axis(const ConstTensor& t, int rank) {
   return wide;
 }
 
-/// One call: the checked arguments, the scratch arrays, and the steps that both passes share. With a made-up base address
-/// it lays out the scratch without touching it, which is how the number of bytes is found.
+/// One call: the checked arguments, the scratch arrays, and the steps that both passes share. With a made-up base
+/// address it lays out the scratch without touching it, which is how the number of bytes is found.
 class Yoso {
  public:
   Yoso(const char* op, const Queue& queue, ConstTensor q, ConstTensor k, ConstTensor v, const YosoOptions& options,
@@ -36,7 +35,8 @@ class Yoso {
   }
 
   void forward(Tensor out, Tensor lse) {
-    core::check_array(op_, "out", queue_, out, {{"B", batch()}, {"H", heads()}, {"N", seq_q()}, {"E", dim_v()}}, {q_.dtype});
+    core::check_array(op_, "out", queue_, out, {{"B", batch()}, {"H", heads()}, {"N", seq_q()}, {"E", dim_v()}},
+                      {q_.dtype});
     core::check_output(op_, "out", out, {&q_, &k_, &v_, &o_.key_mask, &o_.query_mask, &o_.planes, &o_.signs, &lse});
     if (lse.defined()) {
       check_lse("lse", lse);
@@ -54,8 +54,10 @@ class Yoso {
     const YosoGradient gradient = rule();
     const bool sampled = gradient == YosoGradient::sampled || gradient == YosoGradient::sampled_exact;
     if (!o_.expectation) attend_bwd(dout, dv);
-    if (sampled) sampled_gradient(dout, gradient, dq, dk);
-    else dense_gradient(dout, gradient, dq, dk, o_.expectation ? dv : Tensor{});
+    if (sampled)
+      sampled_gradient(dout, gradient, dq, dk);
+    else
+      dense_gradient(dout, gradient, dq, dk, o_.expectation ? dv : Tensor{});
   }
 
   /// Bytes that the scratch arrays and the largest operator need; after forward() or backward().
@@ -75,7 +77,8 @@ class Yoso {
     const auto floats = {DType::f32, DType::f16, DType::bf16};
     core::check_array(op_, "q", queue_, q_, {{"B", kAny}, {"H", kAny}, {"N", kAny}, {"D", kAny}}, floats);
     core::check_array(op_, "k", queue_, k_, {{"B", batch()}, {"Hkv", kAny}, {"M", kAny}, {"D", dim()}}, {q_.dtype});
-    core::check_array(op_, "v", queue_, v_, {{"B", batch()}, {"Hkv", heads_kv()}, {"M", seq_k()}, {"E", kAny}}, {q_.dtype});
+    core::check_array(op_, "v", queue_, v_, {{"B", batch()}, {"Hkv", heads_kv()}, {"M", seq_k()}, {"E", kAny}},
+                      {q_.dtype});
     core::check_groups(op_, "k", heads(), heads_kv());
     if (dim() == 0) core::invalid(op_, "q", "a head dimension of at least 1", "0");
     if (dim_v() == 0) core::invalid(op_, "v", "a head dimension of at least 1", "0");
@@ -94,7 +97,8 @@ class Yoso {
   void check_hashing() {
     if (o_.planes.defined() && o_.signs.defined()) core::invalid(op_, "signs", "planes or signs", "both");
     if (o_.expectation && (o_.planes.defined() || o_.signs.defined()))
-      core::invalid(op_, o_.planes.defined() ? "planes" : "signs", "none with expectation=True, which draws nothing", "an array");
+      core::invalid(op_, o_.planes.defined() ? "planes" : "signs", "none with expectation=True, which draws nothing",
+                    "an array");
     if (o_.planes.defined()) check_planes();
     if (o_.signs.defined()) check_signs();
   }
@@ -102,7 +106,8 @@ class Yoso {
   void check_planes() {
     o_.planes = with_leading_axis(o_.planes, 4);
     core::check_array(op_, "planes", queue_, o_.planes,
-                      {{"Hkv", core::kAny}, {"num_hashes", core::kAny}, {"hash_bits", core::kAny}, {"D", dim()}}, {DType::f32});
+                      {{"Hkv", core::kAny}, {"num_hashes", core::kAny}, {"hash_bits", core::kAny}, {"D", dim()}},
+                      {DType::f32});
     check_plane_heads("planes", o_.planes.shape[0]);
     const YosoOptions defaults;
     adopt("num_hashes", &o_.num_hashes, defaults.num_hashes, o_.planes.shape[1]);
@@ -115,15 +120,17 @@ class Yoso {
     core::check_range(op_, "num_hashes", o_.num_hashes, 1, 65536);
     core::check_range(op_, "hash_bits", o_.hash_bits, 1, 24);
     o_.signs = with_leading_axis(o_.signs, 4);
-    core::check_array(op_, "signs", queue_, o_.signs,
-                      {{"Hkv", o_.signs.rank == 4 ? o_.signs.shape[0] : 1}, {"3", 3}, {"P", parts()}, {"D2", hadamard_padded(dim())}},
-                      {DType::f32});
+    core::check_array(
+        op_, "signs", queue_, o_.signs,
+        {{"Hkv", o_.signs.rank == 4 ? o_.signs.shape[0] : 1}, {"3", 3}, {"P", parts()}, {"D2", hadamard_padded(dim())}},
+        {DType::f32});
     check_plane_heads("signs", o_.signs.shape[0]);
   }
 
   void check_plane_heads(const char* argument, int64_t plane_heads) {
     if (plane_heads != 1 && plane_heads != heads_kv())
-      core::invalid(op_, argument, "a leading axis of 1 or Hkv = " + std::to_string(heads_kv()), std::to_string(plane_heads));
+      core::invalid(op_, argument, "a leading axis of 1 or Hkv = " + std::to_string(heads_kv()),
+                    std::to_string(plane_heads));
   }
 
   /// A count that an explicit array determines: the default gives way, another value must agree.
@@ -146,10 +153,14 @@ class Yoso {
       if (!o_.normalize) core::invalid(op_, "lse", "none with normalize=False", "an array");
       check_lse("lse", lse);
     }
-    core::check_array(op_, "dq", queue_, dq, {{"B", batch()}, {"H", heads()}, {"N", seq_q()}, {"D", dim()}}, {q_.dtype});
-    core::check_array(op_, "dk", queue_, dk, {{"B", batch()}, {"Hkv", heads_kv()}, {"M", seq_k()}, {"D", dim()}}, {q_.dtype});
-    core::check_array(op_, "dv", queue_, dv, {{"B", batch()}, {"Hkv", heads_kv()}, {"M", seq_k()}, {"E", dim_v()}}, {q_.dtype});
-    const std::initializer_list<const ConstTensor*> others = {&q_, &k_, &v_, &dout, &out, &lse, &o_.key_mask, &o_.query_mask, &o_.planes, &o_.signs};
+    core::check_array(op_, "dq", queue_, dq, {{"B", batch()}, {"H", heads()}, {"N", seq_q()}, {"D", dim()}},
+                      {q_.dtype});
+    core::check_array(op_, "dk", queue_, dk, {{"B", batch()}, {"Hkv", heads_kv()}, {"M", seq_k()}, {"D", dim()}},
+                      {q_.dtype});
+    core::check_array(op_, "dv", queue_, dv, {{"B", batch()}, {"Hkv", heads_kv()}, {"M", seq_k()}, {"E", dim_v()}},
+                      {q_.dtype});
+    const std::initializer_list<const ConstTensor*> others = {
+        &q_, &k_, &v_, &dout, &out, &lse, &o_.key_mask, &o_.query_mask, &o_.planes, &o_.signs};
     core::check_output(op_, "dq", dq, others);
     core::check_output(op_, "dk", dk, others);
     core::check_output(op_, "dv", dv, others);
@@ -200,8 +211,10 @@ class Yoso {
                             : lsh_hash_hadamard_workspace_bytes(queue_, x, random, o_.hash_bits, o_.carving, out);
           },
           [&](Workspace w) {
-            if (gaussian) lsh_hash(queue_, x, random, out, w);
-            else lsh_hash_hadamard(queue_, x, random, o_.hash_bits, o_.carving, out, w);
+            if (gaussian)
+              lsh_hash(queue_, x, random, out, w);
+            else
+              lsh_hash_hadamard(queue_, x, random, o_.hash_bits, o_.carving, out, w);
           });
     }
   }

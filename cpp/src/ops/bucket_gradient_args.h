@@ -7,8 +7,8 @@ namespace subquad {
 struct BucketGradientArgs {
   int64_t batch, heads_q, heads_kv, num_hashes, seq_q, seq_k, dim_qk, dim_v;
   int32_t hash_bits;
-  int32_t num_samples;      // S: pairs evaluated per (row, hash), and with `exact` S more among the flipped codes
-  bool exact;               // rule: "exact", else "lower_bound"
+  int32_t num_samples;  // S: pairs evaluated per (row, hash), and with `exact` S more among the flipped codes
+  bool exact;           // rule: "exact", else "lower_bound"
   bool causal;
   uint64_t seed;
   const int64_t* seed_ptr;  // read instead of `seed` when not null

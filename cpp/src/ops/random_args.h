@@ -11,8 +11,8 @@ struct RandomArgs {
   Distribution distribution;
   uint32_t stream;
   uint64_t seed;
-  const int64_t* seed_ptr;      // read instead of `seed` when not null
-  Operand out;                  // [leading, rows, cols]   f32
+  const int64_t* seed_ptr;  // read instead of `seed` when not null
+  Operand out;              // [leading, rows, cols]   f32
 };
 
 }  // namespace subquad

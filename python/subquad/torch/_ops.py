@@ -25,9 +25,9 @@ YOSO_ATTENTION = Operator(
         name="yoso_attention",
         arrays=_QKV,
         masks=_MASKS,
-        options="int num_hashes=32, int hash_bits=8, str hashing='hadamard', str carving='strided', Tensor? planes=None, "
-        "Tensor? signs=None, bool expectation=False, bool is_causal=False, bool normalize=True, SymInt seed=0, "
-        "Tensor? seed_tensor=None, str? grad=None",
+        options="int num_hashes=32, int hash_bits=8, str hashing='hadamard', str carving='strided', "
+        "Tensor? planes=None, Tensor? signs=None, bool expectation=False, bool is_causal=False, bool normalize=True, "
+        "SymInt seed=0, Tensor? seed_tensor=None, str? grad=None",
         result="B H N E",
         has_lse=lambda given: given["normalize"],
         forward=methods.yoso_attention,

@@ -1,4 +1,4 @@
-"""How a plain function of the library becomes a torch operator: everything torch asks for, derived from one description."""
+"""How a plain function of the library becomes a torch operator: all that torch asks for, from one description."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ _KINDS = {
 class Description:
     """A differentiable function f and its f_bwd, as torch has to know them.
 
-    arrays: the differentiable arguments in the order of their gradients, and their axes; the first decides dtype and device
-        of the result. Equal letters are equal extents.
+    arrays: the differentiable arguments in the order of their gradients, and their axes; equal letters are equal
+        extents, and the first array decides dtype and device of the result.
     masks: arguments that may be None, have the batch axis and no gradient.
     options: the remaining arguments in torch's schema language; a seed is "SymInt seed=0, Tensor? seed_tensor=None".
     result: the axes of the result.
-    has_lse: whether f returns, under these options, a float32 array [the result's axes but the last] that f_bwd makes use of.
+    has_lse: whether f, under these arguments, offers return_lse, a float32 array [the result's axes but the last], and
+        f_bwd makes use of it and of the result.
     forward, backward: the plain functions, called by keyword; both take every option.
     """
 
@@ -53,7 +54,7 @@ class Operator:
         head = [f"Tensor {name}" for name in d.arrays]
         tail = [d.options, *(f"Tensor? {name}=None" for name in d.masks)]
         batched = {*d.arrays, *d.masks}
-        self.forward = TorchOp(
+        self.op = TorchOp(
             f"{d.name}({', '.join(head + tail)}) -> (Tensor, Tensor)",
             kernel=self._forward,
             fake=self._forward_fake,
@@ -62,9 +63,9 @@ class Operator:
             batched=batched,
             num_cast=len(d.arrays),
         )
-        saved = ["Tensor? out=None", "Tensor? lse=None"]
-        self.backward = TorchOp(
-            f"{d.name}_bwd({', '.join(['Tensor dout', *head, *tail, *saved])}) -> ({', '.join('Tensor' for _ in head)})",
+        given = ["Tensor dout", *head, *tail, "Tensor? out=None", "Tensor? lse=None"]
+        self.op_bwd = TorchOp(
+            f"{d.name}_bwd({', '.join(given)}) -> ({', '.join('Tensor' for _ in head)})",
             kernel=self._backward,
             fake=self._backward_fake,
             save=lambda ctx, inputs, output: None,
@@ -74,11 +75,11 @@ class Operator:
 
     def __call__(self, *values: Any) -> tuple[Tensor, Tensor]:
         checked = []
-        for name, (kind, optional), value in zip(self.forward.names, self.forward.kinds, values, strict=True):
+        for name, (kind, optional), value in zip(self.op.names, self.op.kinds, values, strict=True):
             if not (optional and value is None):
                 value = _checked(self.description.name, name, kind, value)
             checked.append(value)
-        return self.forward(*checked)
+        return self.op(*checked)
 
     def _forward(self, **given: Any) -> tuple[Tensor, Tensor]:
         d, lse = self.description, self.description.has_lse(given)
@@ -93,7 +94,8 @@ class Operator:
         return self.description.backward(**_with_one_seed(given))
 
     def _forward_fake(self, **given: Any) -> tuple[Tensor, Tensor]:
-        d, extents = self.description, {}
+        d = self.description
+        extents: dict[str, Any] = {}
         for name, axes in d.arrays.items():
             letters, shape = axes.split(), given[name].shape
             if len(letters) != len(shape):
@@ -107,7 +109,7 @@ class Operator:
         return tuple(given[name].new_empty(given[name].shape) for name in self.description.arrays)
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        kept = output if self.description.has_lse(self.forward.named(inputs)) else ()
+        kept = output if self.description.has_lse(self.op.named(inputs)) else ()
         ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *kept)
         ctx.values = [_Saved if isinstance(x, Tensor) else x for x in inputs]
         ctx.mark_non_differentiable(output[1])
@@ -118,18 +120,18 @@ class Operator:
             return (None,) * len(ctx.values)
         saved = iter(ctx.saved_tensors)
         values = [next(saved) if x is _Saved else x for x in ctx.values]
-        gradients = self.backward(_with_contiguous_rows(dout), *values, *saved)
+        gradients = self.op_bwd(_with_contiguous_rows(dout), *values, *saved)
         return (*gradients, *(None for _ in values[len(gradients) :]))
 
     def _second_gradient(self, _ctx: Any, *_gradients: Tensor) -> None:
         raise RuntimeError(
-            f"[{self.description.name}] backward: expected to be differentiated once, got a second time: gradients of its "
-            "gradients are not implemented"
+            f"[{self.description.name}] backward: expected to be differentiated once, got a second time: gradients of "
+            "its gradients are not implemented"
         )
 
 
 class _Saved:
-    """Stands for a tensor that ctx.save_for_backward holds: it notices when the tensor is overwritten, ctx would not."""
+    """Stands for a tensor in ctx.save_for_backward, which notices when somebody overwrites it; ctx itself would not."""
 
 
 def _with_one_seed(given: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +143,7 @@ def _with_one_seed(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(op: str, name: str, kind: str, value: Any) -> Any:
-    """The value as the dispatcher takes it; what it does not take would be a RuntimeError without the operator's grammar."""
+    """The value as the dispatcher takes it, whose own error would be a RuntimeError in another grammar."""
     python, expected = _KINDS[kind]
     if kind == "int":
         if not isinstance(value, (int, torch.SymInt)) and hasattr(value, "__index__"):
@@ -157,10 +159,10 @@ def _checked(op: str, name: str, kind: str, value: Any) -> Any:
 
 def _with_contiguous_rows(x: Tensor) -> Tensor:
     """x, or a copy of it whose last axis is contiguous, which is what the kernels take."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.ndim == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _autograd_function(name: str, rules: dict[str, Callable[..., Any]]) -> type[torch.autograd.Function]:
+def _autograd_function(name: str, rules: dict[str, Callable[..., Any]]) -> Any:
     statics = {key: staticmethod(rule) for key, rule in rules.items()}
     return type(f"Autograd_{name}", (torch.autograd.Function,), statics)
 
@@ -168,7 +170,7 @@ def _autograd_function(name: str, rules: dict[str, Callable[..., Any]]) -> type[
 class TorchOp:
     """One torch operator and its rules. Kernel and fake are called by keyword with every argument of the schema.
 
-    The rules for autograd are torch.library.register_autograd's, which takes 50 us more a call and refuses torch.func.grad.
+    torch.library.register_autograd is not used: it costs several times as much a call and refuses torch.func.grad.
 
     batched: the names of the arguments with a leading batch axis.
     num_cast: how many leading arrays autocast casts.
@@ -186,10 +188,11 @@ class TorchOp:
         num_cast: int = 0,
     ):
         name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        self.op = getattr(torch.ops.subquad, name).default
-        arguments = self.op._schema.arguments
+        self.overload = getattr(torch.ops.subquad, name).default
+        arguments = self.overload._schema.arguments
         self.names = [a.name for a in arguments]
-        self.kinds = [(str(a.type).removeprefix("Optional[").removesuffix("]"), "Optional" in str(a.type)) for a in arguments]
+        types = [str(a.type) for a in arguments]
+        self.kinds = [(t.removeprefix("Optional[").removesuffix("]"), t.startswith("Optional[")) for t in types]
         self.defaults = tuple(a.default_value if a.has_default_value() else None for a in arguments)
         self.batched, self.num_cast = batched, num_cast
 
@@ -217,7 +220,7 @@ class TorchOp:
             if self.num_cast and torch.is_autocast_enabled(device):
                 return self._autocast(device, *values)
             return self.functional.apply(*self._filled(values))
-        return self.op(*values)
+        return self.overload(*values)
 
     def _filled(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
         """Every value: the dispatcher drops trailing ones that equal their defaults."""
@@ -228,7 +231,7 @@ class TorchOp:
 
     def _below_autograd(self, *values: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return self.op(*values)
+            return self.overload(*values)
 
     def _autograd(self, *values: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values):
@@ -243,8 +246,8 @@ class TorchOp:
             return self(*arrays, *values[self.num_cast :])
 
     def _vmap(self, info: Any, in_dims: Sequence[int | None], *values: Any) -> tuple[Any, Any]:
-        """vmap folds its axis into the batch: draws do not depend on the batch, so that nothing changes but the shape. Over
-        an argument without a batch axis (a seed, planes) it loops."""
+        """vmap folds its axis into the batch: draws do not depend on the batch, so that nothing changes but the shape.
+        Over an argument without a batch axis (a seed, planes) it loops."""
         size, placed = info.batch_size, list(zip(self.names, values, in_dims, strict=False))
 
         def fold(x: Tensor, dim: int | None) -> Tensor:
@@ -253,8 +256,13 @@ class TorchOp:
 
         if all(dim is None or name in self.batched for name, _, dim in placed):
             results = self(*(fold(x, dim) if name in self.batched and x is not None else x for name, x, dim in placed))
-            unfolded = [r.unflatten(0, (size, r.shape[0] // max(size, 1))) for r in results]
+            batch = next(x.movedim(dim, 0).shape[1] for _, x, dim in placed if dim is not None)
+            unfolded = [r.unflatten(0, (size, batch)) for r in results]
         else:
-            items = [self(*(x if dim is None else x.select(dim, i) for _, x, dim in placed)) for i in range(size)]
+
+            def item(x: Tensor, dim: int | None, i: int) -> Tensor:
+                return x if dim is None else _with_contiguous_rows(x.select(dim, i))
+
+            items = [self(*(item(x, dim, i) for _, x, dim in placed)) for i in range(size)]
             unfolded = [torch.stack(parts) for parts in zip(*items, strict=True)]
         return tuple(unfolded), (0,) * len(unfolded)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ._ops import COLLISION_ATTENTION, YOSO_ATTENTION
@@ -51,11 +50,13 @@ def yoso_attention(
     """`subquad.yoso_attention` with gradients for q, k and v: the same keywords, shapes, values and errors.
 
     grad: "sampled" (default when sampling) and "sampled_exact" cost O(N), "lower_bound" and "exact" (default with
-        expectation=True) O(N^2) time; see `subquad.yoso_attention_bwd`. The backward pass hashes q and k again with the same
-        seed; beyond the inputs, it keeps the result and its log norms if normalize, else nothing.
-    seed: an int, or a 0-d int64 tensor on the device of q, whose value is not waited for (no recompilation either).
+        expectation=True) O(N^2) time; see `subquad.yoso_attention_bwd`.
+    seed: an int, or a 0-d int64 tensor on the CPU or the device of q. Neither makes torch.compile compile again, and
+        nobody waits for the value of one on another device than the CPU.
     out: only None; `subquad.yoso_attention` can write into an array.
-    lse and explicit planes or signs take no part in differentiation. Under autocast, q, k and v are cast to its dtype.
+    The backward pass hashes q and k again. Beyond the inputs, it keeps the result and its log norms if normalize, else
+    nothing. lse and explicit planes or signs take no part in differentiation, and there are no second derivatives.
+    Under autocast q, k and v are cast to its dtype.
     """
     _refuse_out("yoso_attention", out)
     if return_lse and not normalize:
