@@ -259,3 +259,16 @@ def test_numpy_outputs_for_jax_inputs():
     _ext._convert_out(x, np.ones(3, F))
     with pytest.raises(TypeError, match="b: expected a jax array, as a is, got a numpy array"):
         _ext._convert(x, np.ones(3, F), None)
+
+
+def test_autograd_sees_that_out_was_overwritten():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import subquad
+
+    x = torch.ones(1, 1, 4, 8)
+    saved = torch.ones(1, 1, 4, 8)
+    weight = torch.ones(1, requires_grad=True)
+    product = (weight * saved).sum()
+    subquad.yoso_attention(x, x, x, out=saved)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()

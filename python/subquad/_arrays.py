@@ -26,12 +26,21 @@ class Numpy:
     def leave(x: Array) -> Array:
         return x
 
+    @staticmethod
+    def mark_written(x: Array) -> None:
+        """Tells the framework that `x` is about to be written behind its back."""
+
 
 class Torch(Numpy):
     @staticmethod
     def empty(shape: tuple[int, ...], dtype: str | None, like: Array) -> Array:
         torch = sys.modules["torch"]
         return torch.empty(shape, dtype=like.dtype if dtype is None else getattr(torch, dtype), device=like.device)
+
+    @staticmethod
+    def mark_written(x: Array) -> None:
+        # so that autograd sees when a tensor it saved is overwritten
+        sys.modules["torch"].autograd.graph.increment_version(x)
 
 
 class Cupy(Numpy):
@@ -131,7 +140,9 @@ class Call:
             return self.empty(shape, like, dtype)
         if self.framework is Jax:
             raise TypeError(f"[{self.op}] out: expected None for jax arrays, which are immutable, got an array")
-        return self.enter("out", out)
+        out = self.enter("out", out)
+        self.framework.mark_written(out)
+        return out
 
     def leave(self, *results: Array) -> Array:
         """Results in the caller's array type: one array, or a tuple of several."""

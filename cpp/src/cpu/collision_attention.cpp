@@ -81,8 +81,6 @@ Range column_heads_of(const Pass& p, int64_t head) {
   return {head * group, (head + 1) * group};
 }
 
-// ---- elementwise --------------------------------------------------------------------------------------------------
-
 // Independent vectors that go through the long chain of operations together: two rows of one panel.
 constexpr int kUnit = 2 * kPanelVectors;
 
@@ -125,8 +123,6 @@ void to_coefficients(const Pass& p, float* cosines, float* products, Range colum
     }
   });
 }
-
-// ---- one block of rows --------------------------------------------------------------------------------------------
 
 struct Scratch {
   float* rows;                            // [kPanel, dim], a panel on its way
@@ -299,8 +295,6 @@ void run_block(const Pass& p, const Block& block, const Scratch& s) {
   }
   finish_rows(p, block, s);
 }
-
-// ---- the slots ----------------------------------------------------------------------------------------------------
 
 // Packing a tile of columns costs what 30 rows cost. The results do not depend on the number of rows in a task.
 constexpr int64_t kMostRows = 512;

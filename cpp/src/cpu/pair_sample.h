@@ -141,12 +141,15 @@ static inline void plan_steps(Picker& picker) {
   if (flipped != picker.flipped.n) picker.flipped = make_steps(flipped, samples, picker.flip_scale);
 }
 
-/// Begins to fetch the whole bucket where that is less than what its targets will pick from it.
+/// Begins to fetch the whole bucket where that is no more than what its targets will pick from it.
 static inline void fetch_bucket(Picker& picker, const BucketRange& bucket) {
   constexpr int64_t kMostRows = 64;
-  const BucketRange targets = find_bucket(picker.from, picker.code);
-  const int64_t n = bucket.end - bucket.begin;
-  picker.fetch_own = n > kMostRows || n > (targets.end - targets.begin) * picker.args->num_samples;
+  const int64_t n = bucket.end - bucket.begin, samples = picker.args->num_samples;
+  picker.fetch_own = n > kMostRows;
+  if (n > samples && n <= kMostRows) {
+    const BucketRange targets = find_bucket(picker.from, picker.code);
+    picker.fetch_own = n > (targets.end - targets.begin) * samples;
+  }
   if (picker.fetch_own) return;
   for (int64_t i = bucket.begin; i < bucket.end; ++i) prefetch_row(*picker.candidates, picker.to.order[i]);
 }

@@ -36,6 +36,7 @@ typedef int32_t I32 __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t U32 __attribute__((vector_size(kLanes * 4)));
 typedef float LooseF32 __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t LooseI32 __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint16_t LooseU16 __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
 // x - 0 is x for every x (0 + x is not, for -0), so compilers fold it into a plain broadcast.
 static inline F32 set(float x) { return x - F32{}; }
@@ -121,13 +122,12 @@ static inline float reduce_max(F32 x) {
 // ---- 16-bit storage -----------------------------------------------------------------------------------------------
 
 static inline F32 load(const bfloat16* p) {
-  typedef uint16_t U16 __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 #if defined(__AVX512F__)
   return as_f32((U32)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p)) << 16);
 #elif defined(__AVX2__)
   return as_f32((U32)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
 #else
-  const U16 bits = *(const U16*)p;
+  const LooseU16 bits = *(const LooseU16*)p;
   return as_f32(__builtin_convertvector(bits, U32) << 16);
 #endif
 }
@@ -140,8 +140,7 @@ static inline F32 load(const half* p) {
 #elif defined(__aarch64__)
   return (F32)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p)));
 #else
-  typedef uint16_t U16 __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
-  const U32 bits = __builtin_convertvector(*(const U16*)p, U32), magnitude = bits & 0x7fffu;
+  const U32 bits = __builtin_convertvector(*(const LooseU16*)p, U32), magnitude = bits & 0x7fffu;
   const F32 finite = as_f32(magnitude << 13) * set(0x1p112f);
   const U32 value = magnitude >= 0x7c00u ? (magnitude << 13 | 0x7f800000u) : as_u32(finite);
   return as_f32(value | (bits & 0x8000u) << 16);
@@ -149,12 +148,11 @@ static inline F32 load(const half* p) {
 }
 
 static inline void store(bfloat16* p, F32 x) {
-  typedef uint16_t U16 __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
   const U32 u = as_u32(x);
   const U32 rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
   const U32 nan = u >> 16 | 0x40u;
   const U32 bits = (u & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
-  *(U16*)p = __builtin_convertvector(bits, U16);
+  *(LooseU16*)p = __builtin_convertvector(bits, U16);
 }
 
 static inline void store(half* p, F32 x) {
