@@ -1,4 +1,4 @@
-"""`python -m bench NAME [--json FILE] [--base REF]`: one measurement, as a table and as JSON lines."""
+"""`python -m bench [--base REF] NAME [options]`: one measurement, as a table and as JSON lines."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 
+from bench.base import against
 from bench.timing import Loaded
 
 NAMES = {
@@ -22,10 +23,15 @@ def main(argv: list[str] | None = None) -> int:
         description=f"{__doc__}\n\n{names}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--base", metavar="REF", help="measure that commit too and compare (yoso only)")
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options of that measurement, see NAME --help")
     args = parser.parse_args(argv)
+    if args.base and args.name != "yoso":
+        parser.error(f"--base compares the lines of yoso, {args.name} has none")
     try:
+        if args.base:
+            return against(args.base, args.name, args.options)
         return importlib.import_module(f"bench.{args.name}").main(args.options) or 0
     except Loaded as error:
         print(f"bench: {error}", file=sys.stderr)

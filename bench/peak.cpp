@@ -23,7 +23,6 @@ static void burn(float* sink) {
   for (long round = 0; round < kRounds; ++round) {
 #pragma GCC unroll 12
     for (int i = 0; i < kChains; ++i) sum[i] = sum[i] * factor + term;
-    __asm__ volatile("" ::: "memory");
   }
   for (int i = 1; i < kChains; ++i) sum[0] += sum[i];
   *sink = sum[0][0];

@@ -8,7 +8,9 @@
 
 #include "array_types.h"
 #include "dlpack.h"
+#include "huge_pages.h"
 #include "numpy_abi.h"
+#include "scratch.h"
 #include "subquad/error.h"
 #include "values.h"
 
@@ -223,6 +225,8 @@ ConstTensor Border::in(const char* name, nb::handle array) {
 Tensor Border::out(const char* name, nb::handle array) {
   Tensor t;
   static_cast<ConstTensor&>(t) = convert({op_, name}, array, true);
+  const bool ascending = std::all_of(t.stride, t.stride + t.rank, [](int64_t stride) { return stride >= 0; });
+  if (t.device.type == DeviceType::cpu && ascending) prefer_huge_pages(t.data, t.numel() * dtype_bytes(t.dtype));
   return t;
 }
 
@@ -322,10 +326,9 @@ Queue Border::queue() const {
 Workspace Border::workspace(int64_t bytes) {
   if (bytes <= 0) return {};
   if (device_.type == DeviceType::cuda) return {device_memory(bytes), bytes};
-  constexpr std::align_val_t kCacheLine{64};
-  void* data = ::operator new(size_t(bytes), kCacheLine);
-  keep(data, [](void* kept) { ::operator delete(kept, kCacheLine); });
-  return {data, bytes};
+  Scratch* block = Scratch::acquire(bytes);
+  keep(block, [](void* kept) { Scratch::release(static_cast<Scratch*>(kept)); });
+  return {block->data(), bytes};
 }
 
 void* Border::device_memory(int64_t bytes) {

@@ -3,6 +3,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "call.h"
+#include "scratch.h"
 #include "subquad/cpu.h"
 #include "subquad/error.h"
 
@@ -28,6 +29,7 @@ void bind_cpu(nb::module_& m) {
   m.def("cpu_available", &subquad::cpu::available);
   m.def("cpu_compiled", &subquad::cpu::compiled);
   m.def("num_threads", &subquad::default_num_threads);
+  m.def("free_scratch", &subquad::python::Scratch::forget);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@ environment variable SUBQUAD_ISA, or `set_isa`, forces another one.
 
 from . import _ext
 
-__all__ = ["available", "compiled", "isa", "num_threads", "set_isa"]
+__all__ = ["available", "compiled", "free_scratch", "isa", "num_threads", "set_isa"]
 
 
 def isa() -> str:
@@ -35,3 +35,8 @@ def num_threads() -> int:
     """Threads a call uses: SUBQUAD_NUM_THREADS, else what torch or another OpenMP user has set, else
     OMP_NUM_THREADS, else the CPUs this process may run on."""
     return _ext.num_threads()
+
+
+def free_scratch() -> None:
+    """Give back the scratch memory that this thread keeps from its last calls (at most 256 MiB) for its next one."""
+    _ext.free_scratch()

@@ -152,7 +152,7 @@ static inline void store(bfloat16* p, F32 x) {
   const U32 rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
   const U32 nan = u >> 16 | 0x40u;
   const U32 bits = (u & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
-  *(LooseU16*)p = __builtin_convertvector(bits, U16);
+  *(LooseU16*)p = __builtin_convertvector(bits, LooseU16);
 }
 
 static inline void store(half* p, F32 x) {

@@ -4,10 +4,10 @@
 #include "cpu/tile.h"
 #include "cpu/unit_row.h"
 
-// The forward pass for bfloat16 on tile registers. Scores are sums of raw products, which the registers form exactly in
-// f32; the lengths of the rows divide them afterwards, for acos would magnify the rounding of a normalised row. Weights
-// are rounded to bfloat16 to meet the values. A register holds 16 rows of 64 bytes; as the right factor of a product it
-// holds pairs of bfloat16: word [d / 2][column] = (B[d][column], B[d + 1][column]).
+// The forward pass for bfloat16 on tile registers. Scores are f32 sums of products of the given values; 1 / length of both
+// rows comes in afterwards, for acos would magnify the rounding of a normalised row. Weights are rounded to bfloat16 to
+// meet the values. A register holds 16 rows of 64 bytes; as the right factor of a product it holds pairs of bfloat16:
+// word [d / 2][column] = (B[d][column], B[d + 1][column]).
 
 namespace subquad::cpu::x86_64_v4 {
 
@@ -25,7 +25,7 @@ constexpr int kDepth = 32;                 // products that one instruction adds
 constexpr int kWords = kSide * kSide;      // words of a register
 constexpr int kRowBytes = 64;              // of a register
 constexpr int64_t kMostRows = 1024;        // of a task; the tile registers make packing dearer than it is for v4
-static_assert(kTileColumns == 4 * kSide);  // the registers 0 to 3 in add_scores
+static_assert(kTileColumns == 4 * kSide);  // the registers 0 to 3 of form_scores
 
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
