@@ -98,7 +98,7 @@ def forward(bench: Bench, threads: int) -> None:
 
 
 def growth(bench: Bench, backward: bool) -> None:
-    """How time grows with N. The forward pass writes into one output: fresh pages cost what the system asks for them."""
+    """How time grows with N. The forward pass writes into one output: fresh pages cost what the system asks."""
 
     def run_at(seq):
         q, k, v = bench.inputs(cases.Shape(seq=seq))
