@@ -8,7 +8,7 @@ import pytest
 from border_checks import BASE, F, describe, refused, require, same_memory, unaligned
 from subquad import _ext
 
-# ---- numpy
+# Numpy
 
 
 NUMPY_DTYPES = ["float32", "float16", "int64", "int32", "uint16", "uint8", "bool", "longlong", "intc"]
@@ -108,7 +108,7 @@ def test_read_only_outputs_are_refused(name):
     refused(ValueError, "an array that may be written, got a read-only one: pass a copy", VIEWS[name], writable=True)
 
 
-# ---- torch
+# Torch
 
 
 TORCH_DTYPES = ["float32", "float16", "bfloat16", "int64", "int32", "uint16", "uint8", "bool"]
@@ -220,7 +220,7 @@ def test_torch_on_cuda():
         _ext._convert(x, torch.ones(3), None)
 
 
-# ---- jax
+# Jax
 
 
 def test_jax_arrays():

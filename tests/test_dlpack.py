@@ -11,7 +11,7 @@ from border_checks import BASE, F, describe, refused, require, same_memory, unal
 from dlpack_producers import CUDA, Exchange, Producer
 from subquad import _ext
 
-# ---- any other producer of DLPack
+# Any other producer of DLPack
 
 
 @pytest.mark.parametrize("versioned", [True, False])
@@ -100,7 +100,7 @@ def test_exchange_api():
         _ext._convert(on_cuda, Exchange(x), None)
 
 
-# ---- one call
+# One call
 
 
 def test_one_framework_in_a_call():
@@ -146,7 +146,7 @@ def test_array_seeds():
         _ext._seed(on_cuda, BASE)
 
 
-# ---- ownership
+# Ownership
 
 
 def test_references_are_given_back():

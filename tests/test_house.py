@@ -46,7 +46,7 @@ def is_std(include):
     return include[0] == "<" and "/" not in include and not include.endswith(".h>")
 
 
-# ---- who may include whom
+# Who may include whom
 
 
 def test_public_headers_include_the_standard_library_and_themselves():
@@ -145,7 +145,7 @@ def test_nothing_imports_the_torch_part():
             assert "subquad.torch" not in set(imports_of(path)), path.name
 
 
-# ---- one operator, one story
+# One operator, one story
 
 
 def test_every_operator_has_every_part():
@@ -189,7 +189,7 @@ def test_every_public_function_has_a_twin_in_cpp():
             assert re.search(rf"\bvoid {name}\(", headers), f"{name} has no C++ twin"
 
 
-# ---- the tree
+# The tree
 
 
 def test_top_level():

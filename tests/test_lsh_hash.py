@@ -19,7 +19,7 @@ def codes_of(codes, bits):
     return codes.astype(np.int64)
 
 
-# ---- matches the reference
+# Matches the reference
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -57,7 +57,7 @@ def test_every_dtype_and_framework(dtype, framework):
     np.testing.assert_array_equal(np.asarray(codes).astype(np.int64), expected)
 
 
-# ---- edges
+# Edges
 
 
 def test_strides_groups_and_shared_planes(isa):
@@ -101,7 +101,7 @@ def test_empty_axes():
         assert subquad.lsh_hash(np.ones(shape, np.float32), planes).shape == (shape[0], 2, 4, shape[2])
 
 
-# ---- laws
+# Laws
 
 
 @pytest.mark.statistical

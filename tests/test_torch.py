@@ -48,7 +48,7 @@ def equal(xs, ys):
     return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
 
-# ---- matches the plain function and the reference
+# Matches the plain function and the reference
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,7 +126,7 @@ def test_the_functions_take_the_keywords_of_the_plain_ones():
             assert (here[key].default, here[key].kind) == (there[key].default, there[key].kind), key
 
 
-# ---- arguments and results of autograd
+# Arguments and results of autograd
 
 
 def test_lse_is_returned_and_takes_no_part():
@@ -206,7 +206,7 @@ def test_refusals():
         st.yoso_attention(q.double(), k.double(), v.double())
 
 
-# ---- what torch does to an operator
+# What torch does to an operator
 
 
 @pytest.mark.parametrize("options", ["sampled", "raw", "expectation"])

@@ -54,7 +54,7 @@ def check_forward(case, keywords, dtype="float32", framework=None):
     assert_budget(out, exact, round_to(plain, dtype), dtype=dtype, floor=floor, what=f"out of {case}")
 
 
-# ---- matches the reference
+# Matches the reference
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -80,7 +80,7 @@ def test_seeded_hashing_is_the_reference_hashing(isa):
         np.testing.assert_array_equal(codes, exact)
 
 
-# ---- gradients
+# Gradients
 
 GRADIENTS = [
     ("hadamard", "sampled"),
@@ -153,7 +153,7 @@ def test_default_gradients():
             np.testing.assert_array_equal(a, b)
 
 
-# ---- edges
+# Edges
 
 
 @pytest.mark.parametrize("method", METHOD)
@@ -249,7 +249,7 @@ def test_rows_without_collisions_are_zero_and_pass_no_gradient():
                 assert (gradient == 0).all()
 
 
-# ---- laws
+# Laws
 
 
 @pytest.mark.parametrize("method", METHOD)
@@ -329,7 +329,7 @@ def test_lse_is_the_log_of_the_norm():
         np.testing.assert_allclose(out * np.exp(lse)[..., None], raw, atol=1e-5 * np.abs(raw).max())
 
 
-# ---- statistics: fixed seeds, stated confidence
+# Statistics: fixed seeds, stated confidence
 
 
 @pytest.mark.statistical

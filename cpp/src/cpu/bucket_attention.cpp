@@ -76,7 +76,7 @@ Scratch lay_out(Arena& arena, const Queue& queue, const BucketAttentionArgs& a, 
   return s;
 }
 
-// ---- rows of a slice -----------------------------------------------------------------------------------------------
+// Rows of a slice
 
 /// The tokens of a batch item that a mask keeps: only in [begin, end), and there those with keeps(t).
 struct Kept {
@@ -154,7 +154,7 @@ void write_rows(const float* sums, float scale, const Kept& kept, Slice slice, c
   }
 }
 
-// ---- tables ------------------------------------------------------------------------------------------------------
+// Tables
 
 /// Adds a source's row to its bucket of each hash. A read waits until it is known where the writes before it go, so the
 /// buckets of all hashes are read before the first is written.
@@ -234,7 +234,7 @@ void add_causal(const Task<Code>& task, int64_t hash, bool backward) {
   }
 }
 
-// ---- passes ------------------------------------------------------------------------------------------------------
+// Passes
 
 struct Pass {
   const BucketAttentionArgs& args;

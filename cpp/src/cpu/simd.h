@@ -119,7 +119,7 @@ static inline float reduce_max(F32 x) {
 #endif
 }
 
-// ---- 16-bit storage -----------------------------------------------------------------------------------------------
+// 16-bit storage
 
 static inline F32 load(const bfloat16* p) {
 #if defined(__AVX512F__)
@@ -182,7 +182,7 @@ static inline void store_part(T* p, F32 x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lane[i];
 }
 
-// ---- rows ---------------------------------------------------------------------------------------------------------
+// Rows
 
 /// dst[0..n) = src[0..n) as float.
 template <class T>
