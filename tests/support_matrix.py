@@ -6,6 +6,7 @@ subquad.UnsupportedError or the function has no such keyword.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 from pathlib import Path
@@ -81,7 +82,7 @@ def cells(name: str, attention) -> list[bool]:
         "key_mask" in parameters and works(lambda: attention(q, k, v, key_mask=mask)),
         works(lambda: attention(*inputs(make_numpy, heads_kv=2))),
         hasattr(subquad, name.split()[0] + "_bwd"),
-        hasattr(__import__("subquad.torch", fromlist=["torch"]), name.split()[0]),
+        *(hasattr(importlib.import_module(f"subquad.{part}"), name.split()[0]) for part in ("torch", "jax")),
     ]
 
 
@@ -90,7 +91,7 @@ def table() -> str:
         "",
         "numpy",
         "torch",
-        "jax (eager)",
+        "jax",
         "f32",
         "f16",
         "bf16",
@@ -99,6 +100,7 @@ def table() -> str:
         "GQA",
         "backward",
         "torch autograd",
+        "jax jit, grad, vmap",
         "CUDA",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]

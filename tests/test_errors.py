@@ -53,6 +53,7 @@ METHOD_ERRORS = [
     (ValueError, "num_hashes: expected a value in [1, 65536], got 0", dict(num_hashes=0)),
     (TypeError, "num_hashes: expected an integer, got float", dict(num_hashes=16.0)),
     (TypeError, "num_hashes: expected an integer, got bool", dict(num_hashes=True)),
+    (TypeError, "num_hashes: expected an integer, got ndarray", dict(num_hashes=np.ones(2, int))),
     (ValueError, "hash_bits: expected a value in [1, 24], got 25", dict(hash_bits=25)),
     (ValueError, 'hashing: expected "hadamard" or "gaussian", got "fast"', dict(hashing="fast")),
     (TypeError, 'hashing: expected "hadamard" or "gaussian", got int', dict(hashing=1)),

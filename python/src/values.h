@@ -25,6 +25,10 @@ inline int64_t integer(const char* op, const char* name, nb::handle value) {
   if (PyBool_Check(value.ptr()) || !PyIndex_Check(value.ptr()))
     throw TypeMismatch(sentence(op, name, "an integer", kind_of(value)));
   const nb::object exact = nb::steal(PyNumber_Index(value.ptr()));
+  if (!exact.is_valid()) {
+    PyErr_Clear();
+    throw TypeMismatch(sentence(op, name, "an integer", kind_of(value)));
+  }
   int overflow = 0;
   const long long result = PyLong_AsLongLongAndOverflow(exact.ptr(), &overflow);
   if (overflow) throw std::invalid_argument(sentence(op, name, "an integer of 64 bits", nb::str(value).c_str()));
