@@ -27,8 +27,8 @@ struct BucketAttentionOptions {
 ///         (checked on the CPU); Unsupported if no kernel fits.
 ///
 /// Promises: O((N + M) R E) time for any distribution of codes, also when all keys share a bucket; scratch memory
-/// O((N + M) (R + 64)) per thread whatever num_buckets; the same bits for any number of threads; sums in f32 in token
-/// order per bucket, then over hashes; asynchronous on a CUDA queue.
+/// O((H / Hkv N + M) (R + 64)) per thread whatever num_buckets; the same bits for any number of threads; sums in f32 in
+/// token order per bucket, then over hashes; asynchronous on a CUDA queue.
 SUBQUAD_API void bucket_attention(const Queue& queue, ConstTensor codes_q, ConstTensor codes_k, ConstTensor v,
                                   const BucketAttentionOptions& options, Tensor out, Workspace workspace);
 SUBQUAD_API int64_t bucket_attention_workspace_bytes(const Queue& queue, ConstTensor codes_q, ConstTensor codes_k,

@@ -12,7 +12,7 @@ namespace subquad {
 /// a NaN, gives bit 0.
 ///
 /// @param x       [B, H, N, D]   f32 | f16 | bf16; last axis contiguous; D in [1, 512].
-/// @param planes  [Hp, R, J, D]  f32; H a multiple of Hp; R = num_hashes >= 1, J = hash_bits in [1, 24].
+/// @param planes  [Hp, R, J, D]  f32; H a multiple of Hp; R = num_hashes in [1, 2^26], J = hash_bits in [1, 24].
 /// @param codes   [B, H, R, N]   u16 (J <= 16) or i32; every element is written; must not overlap x or planes.
 /// @throws std::invalid_argument or TypeMismatch if a line above is violated; Unsupported if no kernel fits
 ///         (on the CPU: a head dimension above 512).

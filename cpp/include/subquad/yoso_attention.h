@@ -37,8 +37,9 @@ struct YosoOptions {
 ///
 /// Source: Zeng et al., ICML 2021. We differ on purpose: carving (lsh_hash.h), clipping, masks, every tail token
 /// counts. The un-normalised sum is unbiased over the draw for the expectation (Gaussian hashing exactly, Hadamard
-/// hashing nearly); the normalised output is a consistent estimate only. Planes are drawn per key head, shared over the
-/// batch: random_normal [Hkv, m * tau, D] of stream 1, or random_signs [Hkv, 3 * P, D2] of stream 2.
+/// hashing nearly; two zero rows always collide); the normalised output is a consistent estimate only. Planes are drawn
+/// per key head, shared over the batch: random_normal [Hkv, m * tau, D] of stream 1, or random_signs [Hkv, 3 * P, D2]
+/// of stream 2.
 ///
 /// @param q, k, v  [B, H, N, D], [B, Hkv, M, D], [B, Hkv, M, E]   f32 | f16 | bf16, one dtype; D, E in [1, 512]
 /// @param out      [B, H, N, E]   like q; must not overlap the inputs

@@ -346,10 +346,13 @@ const char* run(const Queue& queue, const BucketGradientArgs& args, void* worksp
   // A thread alone on a head never waits, so as many rounds of heads as fill all threads go that way. The heads that
   // are left go together, step by step.
   const int64_t heads = args.batch * args.heads_kv, alone = heads / queue.num_threads * queue.num_threads;
-  core::parallel_for(queue, alone,
-                     [&](int64_t head, int worker) { Job{args, layout, nullptr, worker, 1, head, worker, 1}.run(); });
-  if (alone == heads) return nullptr;
+  // In small parts the two directions take turns, and where queries and keys have similar codes the second finds in the
+  // cache the rows that the first has read.
   const int64_t enough = 1 + (args.seq_q + args.seq_k) / 512, parts = 4 * int64_t(queue.num_threads);
+  core::parallel_for(queue, alone, [&](int64_t head, int worker) {
+    Job{args, layout, nullptr, worker, enough, head, worker, 1}.run();
+  });
+  if (alone == heads) return nullptr;
   Job{args, layout, &queue, 0, enough < parts ? enough : parts, alone, 0, heads - alone}.run();
   return nullptr;
 }
