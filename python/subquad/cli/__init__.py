@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import subquad
+from subquad import _ext
 
 from . import compare, crossover, info
 from .console import Failure, UserError, print_text
@@ -47,11 +48,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _package_folder(name: str, file: str) -> str:
     """The folder `name` inside the installed package, which holds `file`. UserError if this install has none."""
-    folder = Path(subquad.__file__).absolute().parent / name
+    # beside the compiled module: in an editable install the Python files are elsewhere
+    folder = Path(_ext.__file__).absolute().parent / name
     if not (folder / file).is_file():
         raise UserError(
-            f"no {file} in {folder}: this install has no C++ parts (a tree that was never installed, or an editable "
-            "install, has none); install the package with `pip install .`"
+            f"no {file} in {folder}: this install has no C++ parts; install the package with `pip install .`"
         )
     return str(folder)
 
