@@ -20,9 +20,6 @@ constexpr int64_t kWideBuckets = 1024;
 // Query rows that a task holds at once. It bounds the scratch memory when many heads share a kv head.
 constexpr int64_t kChunkRows = 32768;
 
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 struct Plan {
   int64_t group;              // query heads of a kv head
   int64_t chunk, chunks;      // query heads that a task takes at once, and how many times

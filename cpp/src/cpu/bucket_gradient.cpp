@@ -6,7 +6,7 @@
 namespace subquad::cpu::SUBQUAD_ISA {
 namespace {
 
-constexpr int64_t kBlock = 8;
+constexpr int64_t kBlock = 4;
 
 /// What a side is made from, and where its gradient goes.
 struct Source {
@@ -40,8 +40,8 @@ bool is_zero_row(const float* row, int64_t size) {
 
 void pack_rows(const Source& source, const Side& side, int64_t begin, int64_t end) {
   const uint8_t* mask = mask_of(source);
-  std::memset(sum_of(side, begin), 0, size_t((end - begin) * side.unit_size) * sizeof(float));
   for (int64_t n = begin; n < end; ++n) {
+    std::memset(sum_of(side, n), 0, size_t(side.unit_size) * sizeof(float));
     side.active[n] = 0;
     if (mask && !mask[n]) continue;
     float *unit = row_of(side, n), *value = unit + side.unit_size;
@@ -210,8 +210,7 @@ Side take_side(Arena& arena, const BucketGradientArgs& args, int64_t seq) {
   side.unit_size = padded(args.dim_qk);
   side.row_size = side.unit_size + padded(args.dim_v);
   side.plan = bucket_plan(seq, int64_t(1) << args.hash_bits);
-  side.rows = take<float>(arena, seq * side.row_size);
-  side.sums = take<float>(arena, seq * side.unit_size);
+  side.rows = take<float>(arena, seq * (side.row_size + side.unit_size));
   side.lengths = take<Length>(arena, seq);
   side.active = take<uint8_t>(arena, seq);
   side.indices = take<int32_t>(arena, args.num_hashes * bucket_index_words(side.plan));
@@ -348,7 +347,7 @@ const char* run(const Queue& queue, const BucketGradientArgs& args, void* worksp
   const int64_t heads = args.batch * args.heads_kv, alone = heads / queue.num_threads * queue.num_threads;
   // In small parts the two directions take turns, and where queries and keys have similar codes the second finds in the
   // cache the rows that the first has read.
-  const int64_t enough = 1 + (args.seq_q + args.seq_k) / 512, parts = 4 * int64_t(queue.num_threads);
+  const int64_t enough = 1 + (args.seq_q + args.seq_k) / 1024, parts = 4 * int64_t(queue.num_threads);
   core::parallel_for(queue, alone, [&](int64_t head, int worker) {
     Job{args, layout, nullptr, worker, enough, head, worker, 1}.run();
   });

@@ -11,20 +11,22 @@ namespace subquad::cpu::SUBQUAD_ISA {
 static constexpr int32_t kMaxSamples = 64, kMaxBits = 24;
 
 /// The queries of one head, or the keys of one key head, in scratch memory. A row is a unit row (of q or k) next to a
-/// value row (of dout or v), so that a pair reads one contiguous burst of its candidate.
+/// value row (of dout or v), so that a pair reads one contiguous burst of its candidate; the gradient of the unit row
+/// follows, so that a target is one burst too.
 struct Side {
   int64_t seq, unit_size, row_size;
   BucketPlan plan;
-  float* rows;       // [seq, row_size]; those of masked tokens are not written
-  float* sums;       // [seq, unit_size] the gradient for the unit rows
-  Length* lengths;   // [seq] of the rows of q or k
-  uint8_t* active;   // [seq] whether the token has a gradient
+  float* rows;      // [seq, row_size + unit_size]: row, gradient of the unit row; rows of masked tokens are not written
+  Length* lengths;  // [seq] of the rows of q or k
+  uint8_t* active;  // [seq] whether the token has a gradient
   int32_t* indices;  // [R, bucket_index_words(plan)]
   uint32_t* words;   // [draws, seq] random words: those for the own buckets, then those for the buckets one bit away
 };
 
-static inline float* row_of(const Side& side, int64_t token) { return side.rows + token * side.row_size; }
-static inline float* sum_of(const Side& side, int64_t token) { return side.sums + token * side.unit_size; }
+static inline float* row_of(const Side& side, int64_t token) {
+  return side.rows + token * (side.row_size + side.unit_size);
+}
+static inline float* sum_of(const Side& side, int64_t token) { return row_of(side, token) + side.row_size; }
 
 static inline BucketIndex index_of(const Side& side, int64_t hash) {
   return bucket_index_at(side.plan, side.indices + hash * bucket_index_words(side.plan));

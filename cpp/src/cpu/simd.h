@@ -38,6 +38,10 @@ typedef float LooseF32 __attribute__((vector_size(kLanes * 4), aligned(4), may_a
 typedef int32_t LooseI32 __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef uint16_t LooseU16 __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
 // x - 0 is x for every x (0 + x is not, for -0), so compilers fold it into a plain broadcast.
 static inline F32 set(float x) { return x - F32{}; }
 static inline I32 set(int32_t x) { return I32{} + x; }

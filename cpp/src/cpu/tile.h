@@ -28,10 +28,6 @@ static constexpr int kPanel = kPanelVectors * kLanes;
 static constexpr int kTileColumns = 64;
 static_assert(kTileColumns % kPanel == 0 && kPanel % kTileRows == 0);
 
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 /// One register tile: kTileRows rows of C, `Vectors` vectors of columns of one panel.
 template <bool Add, int Vectors, int RowStep, int DepthStep>
 static inline void register_tile(const float* a, const float* panel, int64_t depth, float* c, int64_t pitch) {
