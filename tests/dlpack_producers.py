@@ -43,7 +43,8 @@ class ManagedVersioned(ctypes.Structure):
 
 
 def _python(name, result, *arguments):
-    function = getattr(ctypes.pythonapi, name)
+    # own function objects: those of ctypes.pythonapi are shared, and jax declares other argument types for some
+    function = getattr(ctypes.PyDLL(None), name)
     function.restype, function.argtypes = result, arguments
     return function
 
