@@ -1,7 +1,6 @@
 """One table of shapes, dtypes and seeds for all tests, and the arrays that go with them."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,7 +19,6 @@ class Case:
     dim_v: int = 16
     causal: bool = False
     masked: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self):
         return self.name
@@ -82,7 +80,7 @@ def arrays(case, seed=0, dtype="float32"):
     return *(as_dtype(x, dtype) for x in (q, k, v)), keywords
 
 
-def strided(x, rng=None):
+def strided(x):
     """The same values with holes between rows and swapped outer axes: [B, H, N, D] as a view of [B, N, H, D + 3]."""
     base = np.full((x.shape[0], x.shape[2], x.shape[1], x.shape[3] + 3), 7, x.dtype)
     view = base[..., : x.shape[3]].transpose(0, 2, 1, 3)

@@ -317,3 +317,9 @@ def test_functional_gradients():
         each.append(torch.autograd.grad(loss(leaf), leaf)[0])
     assert equal(torch.vmap(torch.func.grad(loss))(many), each)
     assert equal(torch.func.grad(lambda many: torch.vmap(loss)(many).sum())(many), each)
+
+
+def test_a_wrong_gradient_rule_is_an_error_in_the_forward_pass():
+    q, k, v = (torch.randn(1, 2, 4, 8) for _ in range(3))
+    with pytest.raises(ValueError, match=r'\[collision_attention\] grad: expected "exact" or "lower_bound"'):
+        subquad.torch.collision_attention(q, k, v, 4, grad="sampled")

@@ -171,14 +171,7 @@ static inline void store(half* p, F32 x) {
 #endif
 }
 
-/// The first `n` < kLanes elements, zero behind them; nothing past them is touched.
-template <class T>
-static inline F32 load_part(const T* p, int64_t n) {
-  T lane[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) lane[i] = p[i];
-  return load(lane);
-}
-
+/// Stores the first `n` < kLanes lanes; nothing past them is touched.
 template <class T>
 static inline void store_part(T* p, F32 x, int64_t n) {
   T lane[kLanes];

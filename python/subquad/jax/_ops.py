@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import hashing, methods
+from .. import _differentiable as plain
 from .._arrays import Jax, framework_of
 from . import _ffi
 
@@ -138,36 +138,5 @@ def _has_values(arrays: dict[str, Any]) -> bool:
     return all(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in arrays.values())
 
 
-def _collision_attention(*, grad: str, **arguments: Any) -> Any:
-    """`grad` concerns the backward pass alone."""
-    if grad not in ("exact", "lower_bound"):
-        raise ValueError(f'[collision_attention] grad: expected "exact" or "lower_bound", got {grad!r}')
-    return hashing.collision_attention(**arguments)
-
-
-_QKV = {"q": "B H N D", "k": "B Hkv M D", "v": "B Hkv M E"}
-_MASKS = {"key_mask": "B M", "query_mask": "B N"}
-
-YOSO_ATTENTION = Operator(
-    Description(
-        name="yoso_attention",
-        arrays=_QKV,
-        masks=_MASKS,
-        result="B H N E",
-        has_lse=lambda options: options["normalize"],
-        forward=methods.yoso_attention,
-        backward=methods.yoso_attention_bwd,
-    )
-)
-
-COLLISION_ATTENTION = Operator(
-    Description(
-        name="collision_attention",
-        arrays=_QKV,
-        masks=_MASKS,
-        result="B H N E",
-        has_lse=lambda options: False,
-        forward=_collision_attention,
-        backward=hashing.collision_attention_bwd,
-    )
-)
+YOSO_ATTENTION = Operator(Description(**plain.YOSO_ATTENTION))
+COLLISION_ATTENTION = Operator(Description(**plain.COLLISION_ATTENTION))
