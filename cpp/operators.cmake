@@ -6,9 +6,26 @@ set(SUBQUAD_OPERATORS
   bucket_attention
   bucket_gradient
   collision_attention
-  l2_normalize)
+  l2_normalize
+  softmax_attention
+  merge_states
+  sum_arrays
+  row_dot
+  segment_mean
+  feature_map
+  orthogonal_projection
+  linear_attention
+  softmax_sample
+  sampled_proposals
+  mixture_proposals
+  mixture_weights)
 set(SUBQUAD_METHODS
-  yoso_attention)
+  yoso_attention
+  rfa_attention
+  randomized_attention
+  lara_attention
+  eva_attention)
 # Operators with an own AMX kernel in cpu/amx.
 set(SUBQUAD_AMX_OPERATORS
-  collision_attention)
+  collision_attention
+  softmax_attention)

@@ -29,7 +29,10 @@ void define(nb::module_& m, const char* name, R (*function)(A...)) {
 }
 
 void bind_hashing(nb::module_& m);
+void bind_softmax(nb::module_& m);
+void bind_features(nb::module_& m);
 void bind_methods(nb::module_& m);
+void bind_randomized(nb::module_& m);
 void bind_border_probe(nb::module_& m);
 
 }  // namespace subquad::python

@@ -38,6 +38,9 @@ NB_MODULE(_ext, m) {
   bind_errors(m);
   bind_cpu(m);
   subquad::python::bind_hashing(m);
+  subquad::python::bind_softmax(m);
+  subquad::python::bind_features(m);
   subquad::python::bind_methods(m);
+  subquad::python::bind_randomized(m);
   subquad::python::bind_border_probe(m);
 }

@@ -27,6 +27,20 @@ class Numpy:
         return x
 
     @staticmethod
+    def broadcast(x: Array, shape: tuple[int, ...]) -> Array:
+        return np.broadcast_to(x, shape)
+
+    @staticmethod
+    def concatenate(parts: list[Array], axis: int = 2) -> Array:
+        """The parts one behind the other, in an array of their own."""
+        return np.ascontiguousarray(np.concatenate(parts, axis))
+
+    @staticmethod
+    def ones(shape: tuple[int, ...], like: Array) -> Array:
+        """A mask that keeps everything."""
+        return np.ones(shape, bool)
+
+    @staticmethod
     def mark_written(x: Array) -> None:
         """Tells the framework that `x` is about to be written behind its back."""
 
@@ -36,6 +50,19 @@ class Torch(Numpy):
     def empty(shape: tuple[int, ...], dtype: str | None, like: Array) -> Array:
         torch = sys.modules["torch"]
         return torch.empty(shape, dtype=like.dtype if dtype is None else getattr(torch, dtype), device=like.device)
+
+    @staticmethod
+    def broadcast(x: Array, shape: tuple[int, ...]) -> Array:
+        return x.expand(shape)
+
+    @staticmethod
+    def concatenate(parts: list[Array], axis: int = 2) -> Array:
+        return sys.modules["torch"].cat(parts, axis)
+
+    @staticmethod
+    def ones(shape: tuple[int, ...], like: Array) -> Array:
+        torch = sys.modules["torch"]
+        return torch.ones(shape, dtype=torch.bool, device=like.device)
 
     @staticmethod
     def mark_written(x: Array) -> None:
@@ -49,6 +76,19 @@ class Cupy(Numpy):
         cupy = sys.modules["cupy"]
         with like.device:
             return cupy.empty(shape, like.dtype if dtype is None else dtype)
+
+    @staticmethod
+    def broadcast(x: Array, shape: tuple[int, ...]) -> Array:
+        return sys.modules["cupy"].broadcast_to(x, shape)
+
+    @staticmethod
+    def concatenate(parts: list[Array], axis: int = 2) -> Array:
+        return sys.modules["cupy"].concatenate(parts, axis)
+
+    @staticmethod
+    def ones(shape: tuple[int, ...], like: Array) -> Array:
+        with like.device:
+            return sys.modules["cupy"].ones(shape, bool)
 
 
 class Jax(Numpy):
@@ -119,6 +159,30 @@ class Call:
             return self.framework.enter(x)
         except TypeError as error:
             raise TypeError(f"[{self.op}] {name}: {error}") from None
+
+    def keywords(self, keywords: dict[str, Any], *arrays: str) -> dict[str, Any]:
+        """The keywords as the compiled module takes them: those named in `arrays` converted."""
+        return {name: self.enter(name, value) if name in arrays else value for name, value in keywords.items()}
+
+    def flag(self, name: str, value: Any) -> bool:
+        """What decides how many results there are."""
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"[{self.op}] {name}: expected True or False, got {type(value).__name__}")
+        return bool(value)
+
+    def wants_state(self, return_state: Any, is_causal: Any) -> bool:
+        if self.flag("return_state", return_state) and is_causal is not True:
+            raise ValueError(f"[{self.op}] return_state: expected is_causal=True with it, got {is_causal}")
+        return bool(return_state)
+
+    def extent(self, name: str, value: Any, least: int = 1) -> int:
+        """A number that becomes an extent of an array."""
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"[{self.op}] {name}: expected an integer, got {type(value).__name__}")
+        if not least <= value < 2**31:
+            rule = f"a value of at least {least}" if value < least else "a value below 2^31"
+            raise ValueError(f"[{self.op}] {name}: expected {rule}, got {value}")
+        return int(value)
 
     def shape(self, name: str, letters: str) -> tuple[int, ...]:
         """The shape of a required array; ValueError if its rank is not the number of letters."""

@@ -12,11 +12,6 @@ __all__ = ["yoso_attention", "yoso_attention_bwd"]
 _YOSO_ARRAYS = ("planes", "signs", "key_mask", "query_mask")
 
 
-def _keywords(call: Call, keywords: dict[str, Any], arrays: tuple[str, ...]) -> dict[str, Any]:
-    """The keywords of a method as the compiled module takes them."""
-    return {name: call.enter(name, value) if name in arrays else value for name, value in keywords.items()}
-
-
 def yoso_attention(
     q: Array,
     k: Array,
@@ -70,7 +65,7 @@ def yoso_attention(
     out = call.out(out, (batch, heads, seq, call.shape("v", "B Hkv M E")[3]), "q")
     lse = call.empty((batch, heads, seq), "q", "float32") if return_lse else None
     a = call.arrays
-    _ext.yoso_attention(a["q"], a["k"], a["v"], _keywords(call, keywords, _YOSO_ARRAYS), out, lse)
+    _ext.yoso_attention(a["q"], a["k"], a["v"], call.keywords(keywords, *_YOSO_ARRAYS), out, lse)
     return call.leave(out) if lse is None else call.leave(out, lse)
 
 
@@ -117,6 +112,6 @@ def yoso_attention_bwd(
     dq, dk, dv = (call.empty(call.shape(name, "B H N D"), name) for name in ("q", "k", "v"))
     a = call.arrays
     _ext.yoso_attention_bwd(
-        a["dout"], a["q"], a["k"], a["v"], _keywords(call, keywords, _YOSO_ARRAYS), a["out"], a["lse"], dq, dk, dv
+        a["dout"], a["q"], a["k"], a["v"], call.keywords(keywords, *_YOSO_ARRAYS), a["out"], a["lse"], dq, dk, dv
     )
     return call.leave(dq, dk, dv)

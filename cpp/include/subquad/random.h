@@ -22,7 +22,8 @@ struct Seed {
 /// Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 ///
 /// @param stream  an independent sequence per number; 1 to 15 are the library's own draws (1 hash planes, 2 Hadamard
-///                signs, 3 pairs of the sampled gradient), 0 and 16 on are free.
+///                signs, 3 pairs of the sampled gradient, 4 to 6 projections, 7 noise, 8 drawn keys), 0 and 16 on are
+///                free.
 /// @param out     [..., H, N, D]  f32, rank at most 6; every element is written; N and H-and-before at most 2^32;
 ///                the axes before the last two must flatten to one without a copy.
 /// @throws std::invalid_argument or TypeMismatch if a line above is violated.

@@ -4,9 +4,21 @@
 #include "ops/bucket_gradient_args.h"
 #include "ops/bucket_sort_args.h"
 #include "ops/collision_attention_args.h"
+#include "ops/feature_map_args.h"
 #include "ops/l2_normalize_args.h"
+#include "ops/linear_attention_args.h"
 #include "ops/lsh_hash_args.h"
+#include "ops/merge_states_args.h"
+#include "ops/mixture_proposals_args.h"
+#include "ops/mixture_weights_args.h"
+#include "ops/orthogonal_projection_args.h"
 #include "ops/random_args.h"
+#include "ops/row_dot_args.h"
+#include "ops/sampled_proposals_args.h"
+#include "ops/segment_mean_args.h"
+#include "ops/softmax_attention_args.h"
+#include "ops/softmax_sample_args.h"
+#include "ops/sum_arrays_args.h"
 
 namespace subquad {
 
@@ -31,6 +43,26 @@ struct Kernels {
   Slot<CollisionAttentionArgs> collision_attention_bwd;
   Slot<L2NormalizeArgs> l2_normalize;
   Slot<L2NormalizeArgs> l2_normalize_bwd;
+  Slot<SoftmaxAttentionArgs> softmax_attention;
+  Slot<SoftmaxAttentionArgs> softmax_attention_bwd;
+  Slot<MergeStatesArgs> merge_states;
+  Slot<MergeStatesArgs> merge_states_bwd;
+  Slot<SumArraysArgs> sum_arrays;
+  Slot<RowDotArgs> row_dot;
+  Slot<SegmentMeanArgs> segment_mean;
+  Slot<SegmentMeanArgs> segment_mean_bwd;
+  Slot<FeatureMapArgs> feature_map;
+  Slot<FeatureMapArgs> feature_map_bwd;
+  Slot<OrthogonalProjectionArgs> orthogonal_projection;
+  Slot<LinearAttentionArgs> linear_attention;
+  Slot<LinearAttentionArgs> linear_attention_bwd;
+  Slot<SoftmaxSampleArgs> softmax_sample;
+  Slot<SampledProposalsArgs> sampled_proposals;
+  Slot<SampledProposalsArgs> sampled_proposals_bwd;
+  Slot<MixtureProposalsArgs> mixture_proposals;
+  Slot<MixtureProposalsArgs> mixture_proposals_bwd;
+  Slot<MixtureWeightsArgs> mixture_weights;
+  Slot<MixtureWeightsArgs> mixture_weights_bwd;
 };
 
 }  // namespace subquad

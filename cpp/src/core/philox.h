@@ -12,7 +12,17 @@
 namespace subquad::philox {
 
 /// The last counter word of each draw of the library; numbers of users' own draws are free from 16 on.
-enum Stream : uint32_t { kUser = 0, kPlanes = 1, kSigns = 2, kPairs = 3 };
+enum Stream : uint32_t {
+  kUser = 0,
+  kPlanes = 1,
+  kSigns = 2,
+  kPairs = 3,
+  kProjection = 4,
+  kLengths = 5,
+  kProjectionSigns = 6,
+  kNoise = 7,
+  kSamples = 8,
+};
 
 struct Words {
   uint32_t w[4];

@@ -80,9 +80,31 @@ static inline F32 fma(F32 a, F32 b, F32 c) {
 #endif
 }
 
-/// Lane-wise; if either lane is NaN the result is the lane of `b`.
-static inline F32 min(F32 a, F32 b) { return a < b ? a : b; }
-static inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
+/// Lane-wise; if either lane is NaN the result is the lane of `b`, as the instructions have it (compilers make a
+/// compare and a blend of the expression).
+static inline F32 min(F32 a, F32 b) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (F32)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (F32)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+static inline F32 max(F32 a, F32 b) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (F32)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (F32)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 static inline F32 abs(F32 x) { return as_f32(as_u32(x) & set(0x7fffffffu)); }
 
@@ -120,6 +142,19 @@ static inline float reduce_max(F32 x) {
   float best = x[0];
   for (int i = 1; i < kLanes; ++i) best = x[i] > best ? x[i] : best;
   return best;
+#endif
+}
+
+/// Whether any lane of a mask, as comparisons give, is set.
+static inline bool any(I32 mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)mask) != 0;
+#elif defined(__aarch64__)
+  return vmaxvq_u32((uint32x4_t)mask) != 0;
 #endif
 }
 

@@ -14,6 +14,26 @@ extern const Slot<CollisionAttentionArgs> collision_attention_slot;
 extern const Slot<CollisionAttentionArgs> collision_attention_bwd_slot;
 extern const Slot<L2NormalizeArgs> l2_normalize_slot;
 extern const Slot<L2NormalizeArgs> l2_normalize_bwd_slot;
+extern const Slot<SoftmaxAttentionArgs> softmax_attention_slot;
+extern const Slot<SoftmaxAttentionArgs> softmax_attention_bwd_slot;
+extern const Slot<MergeStatesArgs> merge_states_slot;
+extern const Slot<MergeStatesArgs> merge_states_bwd_slot;
+extern const Slot<SumArraysArgs> sum_arrays_slot;
+extern const Slot<RowDotArgs> row_dot_slot;
+extern const Slot<SegmentMeanArgs> segment_mean_slot;
+extern const Slot<SegmentMeanArgs> segment_mean_bwd_slot;
+extern const Slot<FeatureMapArgs> feature_map_slot;
+extern const Slot<FeatureMapArgs> feature_map_bwd_slot;
+extern const Slot<OrthogonalProjectionArgs> orthogonal_projection_slot;
+extern const Slot<LinearAttentionArgs> linear_attention_slot;
+extern const Slot<LinearAttentionArgs> linear_attention_bwd_slot;
+extern const Slot<SoftmaxSampleArgs> softmax_sample_slot;
+extern const Slot<SampledProposalsArgs> sampled_proposals_slot;
+extern const Slot<SampledProposalsArgs> sampled_proposals_bwd_slot;
+extern const Slot<MixtureProposalsArgs> mixture_proposals_slot;
+extern const Slot<MixtureProposalsArgs> mixture_proposals_bwd_slot;
+extern const Slot<MixtureWeightsArgs> mixture_weights_slot;
+extern const Slot<MixtureWeightsArgs> mixture_weights_bwd_slot;
 
 const Kernels& table();
 

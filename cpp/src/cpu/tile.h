@@ -155,4 +155,63 @@ static inline void split_rows(const float* rows, int64_t pitch, int64_t first, f
   }
 }
 
+/// The first elements of a row, zeros behind them.
+template <class T>
+static inline F32 load_part(const T* from, int64_t count) {
+  float lane[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lane[i] = to_float(from[i]);
+  return load(lane);
+}
+
+/// Calls f(row of x as T*, its index) for the rows [first, first + count) of one head; a row of zeros stands for those
+/// past `present` and for those that `keep` (one bool per row from `first` on, or null) leaves out.
+template <class T, class F>
+static inline void for_each_row(const Operand& x, int64_t batch, int64_t head, int64_t first, int64_t present,
+                                int64_t count, const bool* keep, F&& f) {
+  static constexpr T kZeros[kMaxHeadDim] = {};
+  const T* base = static_cast<const T*>(x.data) + batch * x.stride[0] + head * x.stride[1];
+  for (int64_t r = 0; r < count; ++r)
+    f(r < present && (!keep || keep[r]) ? base + (first + r) * x.stride[2] : kZeros, r);
+}
+
+/// Rows [first, first + count) of one head of x as transposed panels [depth, kPanel], depth = dim in whole vectors.
+/// Rows that `keep` (one bool per row from `first` on, or null) leaves out are zero, and those that fill up a panel.
+static inline void pack_transposed(const Operand& x, int64_t batch, int64_t head, int64_t first, int64_t count,
+                                   const bool* keep, int64_t dim, float* panels) {
+  const int64_t depth = round_up(dim, kLanes);
+  visit_float(x.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const T* rows[kLanes];
+    for_each_row<T>(x, batch, head, first, count, round_up(count, kPanel), keep, [&](const T* row, int64_t r) {
+      rows[r % kLanes] = row;
+      if ((r + 1) % kLanes != 0) return;
+      float* panel = panels + r / kPanel * (depth * kPanel) + r % kPanel / kLanes * kLanes;
+      for (int64_t d = 0; d < depth; d += kLanes) {
+        F32 v[kLanes];
+        for (int i = 0; i < kLanes; ++i) v[i] = d + kLanes <= dim ? load(rows[i] + d) : load_part(rows[i] + d, dim - d);
+        transpose(v);
+        for (int i = 0; i < kLanes; ++i) store(panel + (d + i) * kPanel, v[i]);
+      }
+    });
+  });
+}
+
+/// Rows [first, first + count) of one head of x cut into the panels [kTileColumns, kPanel] of a tile, those that `keep`
+/// leaves out as zeros. True if every element is finite.
+static inline bool pack_split(const Operand& x, int64_t batch, int64_t head, int64_t first, int64_t count,
+                              const bool* keep, int64_t dim, float* panels) {
+  F32 sum = {};  // of x - x, which is NaN where x is not finite
+  visit_float(x.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    for_each_row<T>(x, batch, head, first, count, count, keep, [&](const T* row, int64_t r) {
+      for (int64_t j = 0; j < dim; j += kLanes) {
+        const F32 v = j + kLanes <= dim ? load(row + j) : load_part(row + j, dim - j);
+        store(panels + j / kPanel * (kTileColumns * kPanel) + r * kPanel + j % kPanel, v);
+        sum += v - v;
+      }
+    });
+  });
+  return reduce_add(sum) == 0.0f;
+}
+
 }  // namespace subquad::cpu::SUBQUAD_ISA

@@ -1,9 +1,7 @@
 #include "subquad/yoso_attention.h"
 
-#include <algorithm>
-
-#include "core/check.h"
 #include "core/philox.h"
+#include "methods/composition.h"
 #include "subquad/bucket_attention.h"
 #include "subquad/l2_normalize.h"
 
@@ -15,23 +13,16 @@ constexpr const char* kOpBwd = "yoso_attention_bwd";
 
 /// The view with a leading axis of extent 1 if it has rank `rank` - 1.
 ConstTensor with_leading_axis(const ConstTensor& t, int rank) {
-  if (!t.defined() || t.rank != rank - 1) return t;
-  ConstTensor wide = t;
-  wide.rank = rank;
-  for (int i = 0; i < t.rank; ++i) wide.shape[i + 1] = t.shape[i], wide.stride[i + 1] = t.stride[i];
-  wide.shape[0] = 1, wide.stride[0] = 0;
-  return wide;
+  return t.defined() && t.rank == rank - 1 ? with_axis(t, 0) : t;
 }
 
-/// One call: the checked arguments, the scratch arrays, and the steps that both passes share. With a made-up base
-/// address it lays out the scratch without touching it, which is how the number of bytes is found.
-class Yoso {
+/// One call: the checked arguments, and the steps that both passes share.
+class Yoso : public Composition {
  public:
   Yoso(const char* op, const Queue& queue, ConstTensor q, ConstTensor k, ConstTensor v, const YosoOptions& options,
        Workspace* workspace)
-      : op_(op), queue_(queue), q_(q), k_(k), v_(v), o_(options), run_(workspace != nullptr) {
+      : Composition(op, queue, workspace), q_(q), k_(k), v_(v), o_(options) {
     check();
-    arena_ = run_ ? arena_at(workspace->data) : Arena{reinterpret_cast<char*>(uintptr_t(1) << 12), 0};
   }
 
   void forward(Tensor out, Tensor lse) {
@@ -60,9 +51,6 @@ class Yoso {
       dense_gradient(dout, gradient, dq, dk, o_.expectation ? dv : Tensor{});
   }
 
-  /// Bytes that the scratch arrays and the largest operator need; after forward() or backward().
-  int64_t bytes() const { return with_alignment(arena_) + nested_; }
-
  private:
   int64_t batch() const { return q_.shape[0]; }
   int64_t heads() const { return q_.shape[1]; }
@@ -73,19 +61,9 @@ class Yoso {
   int64_t dim_v() const { return v_.shape[3]; }
 
   void check() {
-    using core::kAny;
-    const auto floats = {DType::f32, DType::f16, DType::bf16};
-    core::check_array(op_, "q", queue_, q_, {{"B", kAny}, {"H", kAny}, {"N", kAny}, {"D", kAny}}, floats);
-    core::check_array(op_, "k", queue_, k_, {{"B", batch()}, {"Hkv", kAny}, {"M", kAny}, {"D", dim()}}, {q_.dtype});
-    core::check_array(op_, "v", queue_, v_, {{"B", batch()}, {"Hkv", heads_kv()}, {"M", seq_k()}, {"E", kAny}},
-                      {q_.dtype});
-    core::check_groups(op_, "k", heads(), heads_kv());
-    if (dim() == 0) core::invalid(op_, "q", "a head dimension of at least 1", "0");
-    if (dim_v() == 0) core::invalid(op_, "v", "a head dimension of at least 1", "0");
-    if (o_.key_mask.defined())
-      core::check_array(op_, "key_mask", queue_, o_.key_mask, {{"B", batch()}, {"M", seq_k()}}, {DType::boolean});
-    if (o_.query_mask.defined())
-      core::check_array(op_, "query_mask", queue_, o_.query_mask, {{"B", batch()}, {"N", seq_q()}}, {DType::boolean});
+    check_qkv(q_, k_, v_);
+    check_mask("key_mask", o_.key_mask, batch(), "M", seq_k());
+    check_mask("query_mask", o_.query_mask, batch(), "N", seq_q());
     check_hashing();
     core::check_range(op_, "num_hashes", o_.num_hashes, 1, 65536);
     core::check_range(op_, "hash_bits", o_.hash_bits, 1, 24);
@@ -173,21 +151,6 @@ class Yoso {
   YosoGradient rule() const {
     if (o_.gradient != YosoGradient::automatic) return o_.gradient;
     return o_.expectation ? YosoGradient::exact : YosoGradient::sampled;
-  }
-
-  template <class T>
-  Tensor scratch(std::initializer_list<int64_t> shape) {
-    int64_t count = 1;
-    for (int64_t extent : shape) count *= extent;
-    return make_tensor(take<T>(arena_, count), shape, queue_.device);
-  }
-
-  /// Runs one operator behind the scratch arrays, or only notes how much scratch it needs itself.
-  template <class Bytes, class Run>
-  void step(Bytes&& workspace_bytes, Run&& run) {
-    const int64_t bytes = workspace_bytes();
-    nested_ = std::max(nested_, bytes);
-    if (run_) run(Workspace{arena_.base + arena_.used, bytes});
   }
 
   Tensor codes(int64_t heads, int64_t seq) {
@@ -310,13 +273,8 @@ class Yoso {
          [&](Workspace w) { collision_attention_bwd(queue_, dsum, q_, k_, v_, options, rule, dq, dk, dv, w); });
   }
 
-  const char* op_;
-  Queue queue_;
   ConstTensor q_, k_, v_;
   YosoOptions o_;
-  bool run_;
-  Arena arena_ = {};
-  int64_t nested_ = 0;
   Tensor codes_q_, codes_k_;
 };
 

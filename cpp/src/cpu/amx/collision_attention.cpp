@@ -1,13 +1,12 @@
 #include "core/parallel.h"
+#include "cpu/amx/tile_registers.h"
 #include "cpu/collision_probability.h"
 #include "cpu/table.h"
-#include "cpu/tile.h"
 #include "cpu/unit_row.h"
 
-// The forward pass for bfloat16 on tile registers. Scores are f32 sums of products of the given values; 1 / length of both
-// rows comes in afterwards, for acos would magnify the rounding of a normalised row. Weights are rounded to bfloat16 to
-// meet the values. A register holds 16 rows of 64 bytes; as the right factor of a product it holds pairs of bfloat16:
-// word [d / 2][column] = (B[d][column], B[d + 1][column]).
+// The forward pass for bfloat16 on tile registers. Scores are f32 sums of products of the given values; 1 / length of
+// both rows comes in afterwards, for acos would magnify the rounding of a normalised row. Weights are rounded to
+// bfloat16 to meet the values.
 
 namespace subquad::cpu::x86_64_v4 {
 
@@ -20,25 +19,7 @@ namespace {
 
 using Args = CollisionAttentionArgs;
 
-constexpr int kSide = 16;                  // rows of a register, and words of its rows
-constexpr int kDepth = 32;                 // products that one instruction adds to each element
-constexpr int kWords = kSide * kSide;      // words of a register
-constexpr int kRowBytes = 64;              // of a register
-constexpr int64_t kMostRows = 1024;        // of a task; the tile registers make packing dearer than it is for v4
-static_assert(kTileColumns == 4 * kSide);  // the registers 0 to 3 of form_scores
-
-struct alignas(64) TileConfig {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-
-constexpr TileConfig kConfig = {
-    1,
-    0,
-    {},
-    {kRowBytes, kRowBytes, kRowBytes, kRowBytes, kRowBytes, kRowBytes, kRowBytes, kRowBytes},
-    {kSide, kSide, kSide, kSide, kSide, kSide, kSide, kSide}};
+constexpr int64_t kMostRows = 1024;  // of a task; the tile registers make packing dearer than it is for v4
 
 struct Scratch {
   float *rows, *units, *panel;   // [kPanel, depth], its normalised copy, its transpose
@@ -77,9 +58,6 @@ struct Block {
   int64_t batch, head, head_kv, first, rows;
 };
 
-/// Two vectors of floats that bfloat16 can hold, as one of pairs.
-inline I32 pair(F32 even, F32 odd) { return (I32)(as_u32(even) >> 16 | (as_u32(odd) & 0xffff0000u)); }
-
 /// 1 / length of kPanel rows. Rows whose squares f32 cannot sum are scaled by a power of two first, in place.
 void take_lengths(const Scratch& s, int64_t depth, float* inverse) {
   for (int r = 0; r < kPanel; ++r) {
@@ -111,9 +89,8 @@ void pack_tile(const Args& args, const Block& block, int64_t first, const Scratc
     transpose_rows(s.rows, depth, s.panel);
     for (int64_t d = 0; d < depth; d += 2) {
       for (int64_t c = 0; c < kPanel; c += kLanes) {
-        const int64_t tile = d / kDepth * (kTileColumns / kSide) + (j + c) / kSide;
-        int32_t* words = s.keys + tile * kWords + d % kDepth / 2 * kSide + (j + c) % kSide;
-        store(words, pair(load(s.panel + d * kPanel + c), load(s.panel + (d + 1) * kPanel + c)));
+        store(s.keys + column_word(d, j + c),
+              pair(load(s.panel + d * kPanel + c), load(s.panel + (d + 1) * kPanel + c)));
       }
     }
     gather_rows(args.v, block.batch, block.head_kv, first + j, count, keep, args.dim_v, s.value_rows + j * width,
@@ -121,38 +98,10 @@ void pack_tile(const Args& args, const Block& block, int64_t first, const Scratc
   }
   for (int64_t j = 0; j < kTileColumns; j += 2) {
     for (int64_t c = 0; c < width; c += kLanes) {
-      const int64_t tile = c / kSide * (kTileColumns / kDepth) + j / kDepth;
       const float* row = s.value_rows + j * width + c;
-      store(s.values + tile * kWords + j % kDepth / 2 * kSide + c % kSide, pair(load(row), load(row + width)));
+      store(s.values + row_word(j, c), pair(load(row), load(row + width)));
     }
   }
-}
-
-/// The tile loads are volatile assembly to g++, which does not say that they read memory.
-inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
-
-/// scores [kSide, kTileColumns] = queries [kSide, depth] times the packed keys.
-void form_scores(const bfloat16* queries, const int32_t* keys, int64_t depth, float* scores) {
-  finish_stores();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t d = 0; d < depth; d += kDepth, keys += 4 * kWords) {
-    _tile_loadd(4, queries + d, depth * 2);
-    _tile_loadd(5, keys, kRowBytes);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(6, keys + kWords, kRowBytes);
-    _tile_dpbf16ps(1, 4, 6);
-    _tile_loadd(5, keys + 2 * kWords, kRowBytes);
-    _tile_dpbf16ps(2, 4, 5);
-    _tile_loadd(6, keys + 3 * kWords, kRowBytes);
-    _tile_dpbf16ps(3, 4, 6);
-  }
-  _tile_stored(0, scores, kTileColumns * 4);
-  _tile_stored(1, scores + kSide, kTileColumns * 4);
-  _tile_stored(2, scores + 2 * kSide, kTileColumns * 4);
-  _tile_stored(3, scores + 3 * kSide, kTileColumns * 4);
 }
 
 /// Scores to weights u^tau, in f32 in place and rounded to bfloat16.
@@ -171,21 +120,6 @@ void form_weights(float* scores, const float* inverse_q, const float* inverse_k,
         store(weights + j + i * kLanes, weight[i]);
       }
     }
-  }
-}
-
-/// sums [kSide, width] += weights [kSide, kTileColumns] times the packed values.
-void add_values(const bfloat16* weights, const int32_t* values, int64_t width, float* sums) {
-  finish_stores();
-  _tile_loadd(4, weights, kTileColumns * 2);
-  _tile_loadd(5, weights + kDepth, kTileColumns * 2);
-  for (int64_t c = 0; c < width; c += kSide, values += 2 * kWords) {
-    _tile_loadd(0, sums + c, width * 4);
-    _tile_loadd(6, values, kRowBytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, values + kWords, kRowBytes);
-    _tile_dpbf16ps(0, 5, 7);
-    _tile_stored(0, sums + c, width * 4);
   }
 }
 
@@ -209,10 +143,10 @@ void visit_rows(const Args& args, const Block& block, int64_t r, int64_t first, 
   const int64_t depth = depth_of(args), width = width_of(args), query = block.first + r;
   const int64_t rows = smaller(kSide, block.rows - r);
   if (seen(args, query + rows - 1, first) == 0) return;
-  form_scores(s.queries + r * depth, s.keys, depth, s.scores);
+  form_products({{s.queries + r * depth, s.keys}}, depth, s.scores);
   form_weights(s.scores, s.inverse_q + r, s.inverse_k, args.hash_bits, s.weights);
   if (seen(args, query, first) == smaller(kTileColumns, args.seq_k - first)) {
-    add_values(s.weights, s.values, width, s.sums + r * width);
+    add_tile_rows(s.weights, s.values, width, s.sums + r * width);
   } else {
     for (int64_t i = 0; i < rows; ++i)
       add_values_of_row(s.scores + i * kTileColumns, s.value_rows, seen(args, query + i, first), width,
@@ -225,7 +159,7 @@ void run_block(const Args& args, const Block& block, const Scratch& s) {
   const bool *keep = mask_of(args.query_mask, block.batch), *keep_k = mask_of(args.key_mask, block.batch);
   memset(s.sums, 0, size_t(round_up(block.rows, kSide) * width) * sizeof(float));
   pack_queries(args, block, s);
-  _tile_loadconfig(&kConfig);
+  _tile_loadconfig(&kTileConfig);
   for (int64_t first = 0; seen(args, block.first + block.rows - 1, first) > 0; first += kTileColumns) {
     if (!any_kept(keep_k, first, smaller(kTileColumns, args.seq_k - first))) continue;
     pack_tile(args, block, first, s);

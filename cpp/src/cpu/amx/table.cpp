@@ -12,6 +12,7 @@ const Kernels& table() {
   static const Kernels kernels = [] {
     Kernels overlay = x86_64_v4::table();
     overlay.collision_attention = collision_attention_slot;
+    overlay.softmax_attention = softmax_attention_slot;
     return overlay;
   }();
   return kernels;
