@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,125 +11,130 @@ import numpy as np
 
 from .. import _differentiable as plain
 from .._arrays import Jax, framework_of
+from .._function import Function
 from . import _ffi
-
-_TOKENS = {"B", "N", "M"}  # the axes whose extents no error but one of shapes depends on
-
-__all__ = ["COLLISION_ATTENTION", "YOSO_ATTENTION"]
-
-
-@dataclass(frozen=True)
-class Description:
-    """A differentiable function f and its f_bwd.
-
-    arrays: the differentiable arguments in the order of their gradients, and their axes; the first decides the dtype of
-        the result.
-    masks: arguments that may be None and have the batch axis and no gradient, and their axes.
-    result: the axes of the result.
-    has_lse: whether f, under these options, offers return_lse, a float32 array [the result's axes but the last], and
-        f_bwd makes use of it and of the result.
-    forward, backward: the plain functions, called by keyword; both take every option.
-    """
-
-    name: str
-    arrays: dict[str, str]
-    masks: dict[str, str]
-    result: str
-    has_lse: Callable[[dict[str, Any]], bool]
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
 
 
 class Operator:
-    """A description under jit, grad and vmap. A call takes arrays (some None) and options and gives what f gives."""
+    """A function under jit, grad and vmap, called with every argument by name, arrays that are None too."""
 
-    def __init__(self, description: Description):
-        d = self.description = description
-        self.axes = {name: axes.split() for name, axes in (d.arrays | d.masks).items()}
-        self.batched = {*self.axes, "dout", "out", "lse"}
-        _ffi.FUNCTIONS[d.name] = d.forward
-        _ffi.FUNCTIONS[f"{d.name}_bwd"] = d.backward
-        self.differentiable = jax.custom_vjp(self._forward, nondiff_argnums=(0, 1))
+    def __init__(self, function: Function):
+        f = self.function = function
+        _ffi.FUNCTIONS[f.name] = f.run
+        _ffi.FUNCTIONS[f"{f.name}_bwd"] = f.run_backward
+        self.differentiable = jax.custom_vjp(self._forward, nondiff_argnums=(0,))
         self.differentiable.defvjp(self._save, self._gradient)
 
-    def __call__(self, arrays: dict[str, Any], options: dict[str, Any], return_lse: bool = False) -> Any:
-        d = self.description
-        for name, x in arrays.items():
-            if (x is not None or name in d.arrays) and framework_of(d.name, name, x) is not Jax:
-                expected = f"a jax array (subquad.{d.name} takes other arrays)"
-                raise TypeError(f"[{d.name}] {name}: expected {expected}, got {type(x).__module__}.{type(x).__name__}")
-        given = {name: x for name, x in arrays.items() if x is not None}
+    def __call__(self, *, last: bool = False, **given: Any) -> Any:
+        """The first result, or with `last` a tuple of all."""
+        results = self._results(self.function.split(given))
+        if last and self.function.is_last_absent(given):
+            raise ValueError(self.function.absent_error(given))
+        return results if last else results[0]
+
+    def with_state(self, state: Any, return_state: bool, return_lse: bool = False, **given: Any) -> Any:
+        """What the plain function returns for a call with a state."""
+        f = self.function
+        given = f.split_with_state(given, state, return_lse)
+        results = dict(zip(f.result_names(given), self._results(given), strict=True))
+        return f.with_state(results, return_lse, return_state)
+
+    def _results(self, given: dict[str, Any]) -> tuple[Any, ...]:
+        f = self.function
+        arrays, options = {}, {}
+        for name, x in given.items():
+            if name not in f.all_arrays:
+                options[name] = x
+            elif x is not None or name in f.arrays:
+                if framework_of(f.op, name, x) is not Jax:
+                    expected = f"a jax array (subquad.{f.op} takes other arrays)"
+                    got = f"{type(x).__module__}.{type(x).__name__}"
+                    raise TypeError(f"[{f.op}] {name}: expected {expected}, got {got}")
+                arrays[name] = x
         seed = options.get("seed")
         if isinstance(seed, jax.Array):
             if seed.ndim or not jax.numpy.issubdtype(seed.dtype, jax.numpy.integer):
                 got = f"an array of shape {list(seed.shape)} and dtype {seed.dtype}"
-                raise TypeError(f"[{d.name}] seed: expected an integer or a 0-d integer array, got {got}")
-            options = {name: value for name, value in options.items() if name != "seed"}
-            given["seed"] = seed
-        asked = {"return_lse": True} if return_lse else {}
-        if _has_values(given):
-            results = _ffi.plain(d.name, given, options | asked)
-        else:
-            self._check(given, options | asked)
-            results = self.differentiable(json.dumps(options, default=lambda x: x.item()), return_lse, given)
-            results = (results[0], *map(jax.lax.stop_gradient, results[1:]))
-        return results if return_lse else results[0]
+                raise TypeError(f"[{f.op}] seed: expected an integer or a 0-d integer array, got {got}")
+            del options["seed"]
+            arrays["seed"] = seed
+        if _has_values(arrays):
+            return _ffi.plain(f.name, arrays, options)
+        self._check(arrays, options)
+        results = self.differentiable(json.dumps(options, default=lambda x: x.item()), arrays)
+        names = f.result_names(arrays | options)
+        return tuple(
+            x if name in f.differentiable else jax.lax.stop_gradient(x) for name, x in zip(names, results, strict=True)
+        )
 
-    def _check(self, given: dict[str, Any], options: dict[str, Any]) -> None:
-        """Raises the plain function's own errors while jax traces: it runs on ones, cut to one token of one item. Where
-        shapes disagree or an argument is refused, it runs on the true shapes, so that its sentence has them; that fails
-        before any work and takes no memory."""
-        shapes = {name: tuple(x.shape) for name, x in given.items() if name != "seed"}
-        seed = {"seed": 0} if "seed" in given else {}
+    def _check(self, arrays: dict[str, Any], options: dict[str, Any]) -> None:
+        """Raises the plain function's own errors while jax traces: it runs on ones, cut to one item and where possible
+        one token. Where shapes disagree or an argument is refused, it runs on the true shapes, so that its sentence has
+        them; that fails before any work and takes no memory."""
+        f = self.function
+        shapes = {name: tuple(x.shape) for name, x in arrays.items() if name != "seed"}
+        seed = {"seed": 0} if "seed" in arrays else {}
 
-        def run(shapes: dict[str, tuple[int, ...]]) -> None:
-            ones = {x: np.broadcast_to(np.ones(shape[-1:], given[x].dtype), shape) for x, shape in shapes.items()}
-            self.description.forward(**ones, **seed, **options)
+        def run(shapes: dict[str, tuple[int, ...]], make: Callable[..., Any]) -> None:
+            # Integers are numbers of tokens, of which there may be one.
+            ones = {x: make(shape, arrays[x].dtype.kind != "i", arrays[x].dtype) for x, shape in shapes.items()}
+            f.run(**ones, **seed, **options)
 
+        def broadcast(shape: tuple[int, ...], value: Any, dtype: Any) -> Any:
+            return np.broadcast_to(np.full(shape[-1:], value, dtype), shape)
+
+        axes = {name: f.axes(name, len(shape)) for name, shape in shapes.items()}
         extents: dict[str, int] = {}
-        agree = True
-        for name, axes in self.axes.items():
-            if name in shapes:
-                agree &= len(axes) == len(shapes[name])
-                agree &= all(extents.setdefault(a, n) == n for a, n in zip(axes, shapes[name], strict=False))
-        if not agree:
-            return run(shapes)
-        extents = {letter: min(n, 1) if letter in _TOKENS else n for letter, n in extents.items()}
-        cut = {name: tuple(extents[a] for a in axes) for name, axes in self.axes.items() if name in shapes}
+        for name, letters in axes.items():
+            known = zip(letters or (), shapes[name], strict=False)
+            if (letters is None and f.all_arrays[name]) or any(extents.setdefault(a, n) != n for a, n in known):
+                return run(shapes, broadcast)
+        tokens = {"B"} if any(name in arrays for name in f.lengths) else {"B", "N", "M", "N2"}
+        extents = {a: min(n, 1) if a in tokens else n for a, n in extents.items()}
         try:
-            run(shapes | cut)
+            run(shapes | {x: tuple(extents[a] for a in letters) for x, letters in axes.items() if letters}, np.full)
         except (TypeError, ValueError) as error:
-            run(shapes)
+            run(shapes, broadcast)
             raise error
 
-    def _forward(self, options: str, with_lse: bool, given: dict[str, Any]) -> tuple[Any, ...]:
-        d = self.description
-        extents: dict[str, int] = {}
-        for name, axes in d.arrays.items():
-            extents.update(zip(axes.split(), given[name].shape, strict=True))
-        shape, dtype = tuple(extents[letter] for letter in d.result.split()), given[next(iter(d.arrays))].dtype
-        results = [jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:-1], np.float32)]
-        asked = {"return_lse": True} if with_lse else {}
-        return self._run(d.name, given, json.loads(options) | asked, results[: 1 + with_lse], takes_out=True)
+    def _forward(self, options: str, arrays: dict[str, Any]) -> tuple[Any, ...]:
+        f, given = self.function, json.loads(options)
+        results = [jax.ShapeDtypeStruct(shape, dtype) for dtype, shape in f.result_shapes(arrays | given).values()]
+        return self._run(f.name, arrays, given, results, {*f.all_arrays}, f.takes_out)
 
-    def _save(self, options: str, with_lse: bool, given: dict[str, Any]) -> tuple[Any, Any]:
-        keeps = self.description.has_lse(json.loads(options))
-        results = self._forward(options, keeps, given)
-        return results[: 1 + with_lse], (given, results if keeps else ())
+    def _save(self, options: str, arrays: dict[str, Any]) -> tuple[Any, Any]:
+        f = self.function
+        results = self._forward(options, arrays)
+        return results, (arrays, results[: len(f.saved)] if f.saves(arrays | json.loads(options)) else ())
 
-    def _gradient(self, options: str, with_lse: bool, saved: Any, cotangents: tuple[Any, ...]) -> Any:
-        d, (given, results) = self.description, saved
-        arrays = {"dout": cotangents[0], **given} | dict(zip(("out", "lse"), results, strict=False))
-        shapes = [jax.ShapeDtypeStruct(given[name].shape, given[name].dtype) for name in d.arrays]
-        gradients = self._run(f"{d.name}_bwd", arrays, json.loads(options), shapes, takes_out=False)
-        return (dict.fromkeys(given) | dict(zip(d.arrays, gradients, strict=True)),)
+    def _gradient(self, options: str, saved: Any, cotangents: tuple[Any, ...]) -> Any:
+        f, (arrays, results), given = self.function, saved, json.loads(options)
+        if f.backward is None:
+            raise RuntimeError(f.state_error())
+        names = f.result_names(arrays | given)
+        doubts = {f"d{name}": x for name, x in zip(names, cotangents, strict=True) if name in f.differentiable}
+        wanted = list(f.gradients(arrays))
+        shapes = [jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in wanted]
+        # A gradient without a batch axis is a sum over the batch: vmap cannot fold its axis into that.
+        fold = all(f.is_batched(name, arrays[name].ndim) for name in wanted)
+        batched = {*f.all_arrays, *f.results, *doubts} if fold else set()
+        operands = doubts | arrays | dict(zip(f.saved, results, strict=False))
+        gradients = self._run(f"{f.name}_bwd", operands, given, shapes, batched, takes_out=False)
+        return (dict.fromkeys(arrays) | dict(zip(wanted, gradients, strict=True)),)
 
     def _run(
-        self, function: str, arrays: dict[str, Any], options: dict[str, Any], results: list[Any], takes_out: bool
+        self,
+        name: str,
+        arrays: dict[str, Any],
+        options: dict[str, Any],
+        results: list[Any],
+        batched: set[str],
+        takes_out: bool,
     ) -> tuple[Any, ...]:
         if _has_values(arrays):
-            return _ffi.plain(function, arrays, options)
-        return _ffi.call(function, arrays, options, results, batched=self.batched, takes_out=takes_out)
+            return _ffi.plain(name, arrays, options)
+        batched = {x for x in batched if x in arrays and self.function.is_batched(x, np.ndim(arrays[x]))}
+        return _ffi.call(name, arrays, options, results, batched=batched, takes_out=takes_out)
 
 
 def _has_values(arrays: dict[str, Any]) -> bool:
@@ -138,5 +142,17 @@ def _has_values(arrays: dict[str, Any]) -> bool:
     return all(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in arrays.values())
 
 
-YOSO_ATTENTION = Operator(Description(**plain.YOSO_ATTENTION))
-COLLISION_ATTENTION = Operator(Description(**plain.COLLISION_ATTENTION))
+YOSO_ATTENTION = Operator(plain.YOSO_ATTENTION)
+COLLISION_ATTENTION = Operator(plain.COLLISION_ATTENTION)
+SOFTMAX_ATTENTION = Operator(plain.SOFTMAX_ATTENTION)
+MERGE_STATES = Operator(plain.MERGE_STATES)
+SEGMENT_MEAN = Operator(plain.SEGMENT_MEAN)
+FEATURE_MAP = Operator(plain.FEATURE_MAP)
+LINEAR_ATTENTION = Operator(plain.LINEAR_ATTENTION)
+LINEAR_ATTENTION_STATE = Operator(plain.LINEAR_ATTENTION_STATE)
+RFA_ATTENTION = Operator(plain.RFA_ATTENTION)
+RFA_ATTENTION_STATE = Operator(plain.RFA_ATTENTION_STATE)
+RANDOMIZED_ATTENTION = Operator(plain.RANDOMIZED_ATTENTION)
+LARA_ATTENTION = Operator(plain.LARA_ATTENTION)
+EVA_ATTENTION = Operator(plain.EVA_ATTENTION)
+EVA_ATTENTION_STATE = Operator(plain.EVA_ATTENTION_STATE)

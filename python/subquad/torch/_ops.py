@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 from .. import _differentiable as plain
-from ._register import Description, Operator
+from ._register import Operator
 
-__all__ = ["COLLISION_ATTENTION", "YOSO_ATTENTION"]
+_SEED = "SymInt seed=0, Tensor? seed_tensor=None"
+_OPTIONAL_SEED = "SymInt? seed=None, Tensor? seed_tensor=None"
+_NOISE_STD = "str noise_std='exact', float? noise_std_value=None"
+_LINEAR = "bool is_causal=False, bool normalize=True, bool log_features=False"
+_RFA = (
+    "str features='positive', SymInt num_features=256, bool orthogonal=True, float? scale=None, bool is_causal=False, "
+    + _SEED
+)
+_EVA = (
+    "SymInt window=64, SymInt chunk_size=64, bool partition=True, bool chunk_mass=True, float? scale=None, "
+    "bool is_causal=False, " + _OPTIONAL_SEED
+)
 
 YOSO_ATTENTION = Operator(
-    Description(
-        **plain.YOSO_ATTENTION,
-        options="int num_hashes=32, int hash_bits=8, str hashing='hadamard', str carving='strided', "
-        "Tensor? planes=None, Tensor? signs=None, bool expectation=False, bool is_causal=False, bool normalize=True, "
-        "SymInt seed=0, Tensor? seed_tensor=None, str? grad=None",
-    )
+    plain.YOSO_ATTENTION,
+    "int num_hashes=32, int hash_bits=8, str hashing='hadamard', str carving='strided', bool expectation=False, "
+    f"bool is_causal=False, bool normalize=True, {_SEED}, str? grad=None",
 )
-
-COLLISION_ATTENTION = Operator(
-    Description(
-        **plain.COLLISION_ATTENTION,
-        options="int hash_bits, str grad='exact', bool is_causal=False",
-    )
+COLLISION_ATTENTION = Operator(plain.COLLISION_ATTENTION, "int hash_bits, str grad='exact', bool is_causal=False")
+SOFTMAX_ATTENTION = Operator(plain.SOFTMAX_ATTENTION, "float? scale=None, bool is_causal=False, SymInt[]? window=None")
+MERGE_STATES = Operator(plain.MERGE_STATES, "")
+SEGMENT_MEAN = Operator(plain.SEGMENT_MEAN, "SymInt? num_segments=None, SymInt? segment_size=None")
+FEATURE_MAP = Operator(plain.FEATURE_MAP, "str features='positive', float? scale=None, bool log=False")
+LINEAR_ATTENTION = Operator(plain.LINEAR_ATTENTION, _LINEAR)
+LINEAR_ATTENTION_STATE = Operator(plain.LINEAR_ATTENTION_STATE, _LINEAR)
+RFA_ATTENTION = Operator(plain.RFA_ATTENTION, _RFA)
+RFA_ATTENTION_STATE = Operator(plain.RFA_ATTENTION_STATE, _RFA)
+RANDOMIZED_ATTENTION = Operator(
+    plain.RANDOMIZED_ATTENTION,
+    f"SymInt num_samples=1, {_NOISE_STD}, float? scale=None, str grad='pathwise', {_SEED}",
 )
+LARA_ATTENTION = Operator(
+    plain.LARA_ATTENTION,
+    "SymInt num_landmarks=49, str mis='opt', float alpha_coeff=1.0, str t_norm='query', SymInt samples_per_landmark=1, "
+    f"bool antithetic=False, {_NOISE_STD}, {_OPTIONAL_SEED}, float? scale=None",
+)
+EVA_ATTENTION = Operator(plain.EVA_ATTENTION, _EVA)
+EVA_ATTENTION_STATE = Operator(plain.EVA_ATTENTION_STATE, _EVA)

@@ -1,4 +1,4 @@
-"""Attention layers: projections around the operators, with everything learned in the state dict."""
+"""The layer of YOSO."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import yoso_attention
+from ..hashing import yoso_attention
+from ._layer import SelfAttention
 
 __all__ = ["YosoAttention"]
 
 
-class YosoAttention(nn.Module):
+class YosoAttention(SelfAttention):
     """Multi-head self-attention by Bernoulli sampling (YOSO): linear in the length, for models trained with it.
 
         q, k, v = x Wq, x Wk, x Wv, split into heads
@@ -62,8 +63,6 @@ class YosoAttention(nn.Module):
     State: {q,k,v,out}_proj.{weight,bias}; conv.weight [H, 1, conv_window, 1]; seed, int64.
     """
 
-    seed: Tensor
-
     def __init__(
         self,
         embed_dim: int,
@@ -86,57 +85,40 @@ class YosoAttention(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _expect(num_heads >= 1, "num_heads", "a value of at least 1", num_heads)
-        divides = num_kv_heads >= 1 and num_heads % num_kv_heads == 0
-        _expect(divides, "num_kv_heads", f"a divisor of num_heads = {num_heads}", num_kv_heads)
-        if head_dim is None:
-            multiple = embed_dim % num_heads == 0
-            _expect(multiple, "embed_dim", f"a multiple of num_heads = {num_heads}, or head_dim", embed_dim)
-            head_dim = embed_dim // num_heads
+        super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, bias, generator, device, dtype)
+        self._keep_seed(seed)
+        num_kv_heads = self.num_kv_heads
         if conv_window is not None:
-            _expect(conv_window >= 1 and conv_window % 2 == 1, "conv_window", "an odd number", conv_window)
-            _expect(not is_causal, "conv_window", "None with is_causal=True, as it looks ahead", conv_window)
-        self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = embed_dim, num_heads, num_kv_heads, head_dim
-        self.conv_window, self.is_causal, self.generator = conv_window, is_causal, generator
+            self._expect(conv_window >= 1 and conv_window % 2 == 1, "conv_window", "an odd number", conv_window)
+            self._expect(not is_causal, "conv_window", "None with is_causal=True, as it looks ahead", conv_window)
+        self.conv_window, self.is_causal = conv_window, is_causal
         self.options: dict[str, Any] = {
             "num_hashes": num_hashes, "hash_bits": hash_bits, "hashing": hashing, "carving": carving,
             "expectation": expectation, "grad": grad, "normalize": normalize,
         }  # fmt: skip
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias, **factory)
-        self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias, **factory)
-        self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias, **factory)
-        self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias, **factory)
         self.conv = None
         if conv_window is not None:
             window, padding = (conv_window, 1), (conv_window // 2, 0)
             self.conv = nn.Conv2d(
-                num_kv_heads, num_heads, window, padding=padding, groups=num_kv_heads, bias=False, **factory
+                num_kv_heads,
+                num_heads,
+                window,
+                padding=padding,
+                groups=num_kv_heads,
+                bias=False,
+                device=device,
+                dtype=dtype,
             )
-        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64, device=device))
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in projections)
+        q, k, v = self._heads(x)
         masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": key_mask}
-        y: Any = yoso_attention(q, k, v, **masks, is_causal=self.is_causal, seed=self._next_seed(), **self.options)
+        draws = self.training and not self.options["expectation"]
+        seed = self._new_seed() if draws else self.seed
+        y: Any = yoso_attention(q, k, v, **masks, is_causal=self.is_causal, seed=seed, **self.options)
         if self.conv is not None:
             y = y + self.conv(v if key_mask is None else v.masked_fill(~key_mask[:, None, :, None], 0))
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+        return self._merged(y)
 
-    def _next_seed(self) -> Tensor:
-        if not self.training or self.options["expectation"]:
-            return self.seed
-        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=self.seed.device, generator=self.generator)
-
-    def extra_repr(self) -> str:
-        own = ("num_heads", "num_kv_heads", "head_dim", "conv_window", "is_causal")
-        options = {name: getattr(self, name) for name in own} | self.options
-        return ", ".join([str(self.embed_dim), *(f"{name}={value!r}" for name, value in options.items())])
-
-
-def _expect(holds: bool, name: str, expected: str, got: Any) -> None:
-    if not holds:
-        raise ValueError(f"[YosoAttention] {name}: expected {expected}, got {got}")
+    def _described(self) -> dict[str, Any]:
+        return {"conv_window": self.conv_window, "is_causal": self.is_causal} | self.options

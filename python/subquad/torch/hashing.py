@@ -1,29 +1,12 @@
-"""The functions of `subquad` with autograd."""
+"""Attention by hash collisions with autograd."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import Tensor
 
 from ._ops import COLLISION_ATTENTION, YOSO_ATTENTION
 
 __all__ = ["collision_attention", "yoso_attention"]
-
-
-def _refuse_out(op: str, out: Any) -> None:
-    if out is not None:
-        got = type(out).__name__
-        raise TypeError(f"[{op}] out: expected None, autograd makes new results, got {got}: use subquad.{op}")
-
-
-def _seed_arguments(seed: int | Tensor) -> tuple[Any, Tensor | None]:
-    """A seed as the pair (seed, seed_tensor) of a schema. A tensor stays one, so that nobody waits for its value."""
-    if isinstance(seed, Tensor):
-        return 0, seed
-    if isinstance(seed, int) and 2**63 <= seed < 2**64:
-        seed -= 2**64
-    return seed, None
 
 
 def yoso_attention(
@@ -58,14 +41,11 @@ def yoso_attention(
     nothing. lse and explicit planes or signs take no part in differentiation, and there are no second derivatives.
     Under autocast q, k and v are cast to its dtype.
     """
-    _refuse_out("yoso_attention", out)
-    if return_lse and not normalize:
-        raise ValueError("[yoso_attention] lse: expected normalize=True where it is asked for, got normalize=False")
-    result, lse = YOSO_ATTENTION(
-        q, k, v, num_hashes, hash_bits, hashing, carving, planes, signs, expectation, is_causal, normalize,
-        *_seed_arguments(seed), grad, key_mask, query_mask,
+    return YOSO_ATTENTION(
+        q=q, k=k, v=v, num_hashes=num_hashes, hash_bits=hash_bits, hashing=hashing, carving=carving, planes=planes,
+        signs=signs, expectation=expectation, key_mask=key_mask, query_mask=query_mask, is_causal=is_causal,
+        normalize=normalize, seed=seed, grad=grad, out=out, last=return_lse,
     )  # fmt: skip
-    return (result, lse) if return_lse else result
 
 
 def collision_attention(
@@ -84,6 +64,7 @@ def collision_attention(
 
     grad: "exact", or "lower_bound" for the published surrogate; see `subquad.collision_attention_bwd`.
     """
-    _refuse_out("collision_attention", out)
-    result, _ = COLLISION_ATTENTION(q, k, v, hash_bits, grad, is_causal, key_mask, query_mask)
-    return result
+    return COLLISION_ATTENTION(
+        q=q, k=k, v=v, hash_bits=hash_bits, grad=grad, key_mask=key_mask, query_mask=query_mask, is_causal=is_causal,
+        out=out,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The functions of `subquad` with gradients."""
+"""Attention by hash collisions with gradients."""
 
 from __future__ import annotations
 
@@ -43,12 +43,11 @@ def yoso_attention(
     jax's errors.
     vmap folds its axis into the batch, and repeats the call where seed, planes or signs are mapped.
     """
-    arrays = {"q": q, "k": k, "v": v, "planes": planes, "signs": signs, "key_mask": key_mask, "query_mask": query_mask}
-    options = {
-        "num_hashes": num_hashes, "hash_bits": hash_bits, "hashing": hashing, "carving": carving,
-        "expectation": expectation, "is_causal": is_causal, "normalize": normalize, "seed": seed, "grad": grad,
-    }  # fmt: skip
-    return YOSO_ATTENTION(arrays, options, return_lse)
+    return YOSO_ATTENTION(
+        q=q, k=k, v=v, num_hashes=num_hashes, hash_bits=hash_bits, hashing=hashing, carving=carving, planes=planes,
+        signs=signs, expectation=expectation, key_mask=key_mask, query_mask=query_mask, is_causal=is_causal,
+        normalize=normalize, seed=seed, grad=grad, last=return_lse,
+    )  # fmt: skip
 
 
 def collision_attention(
@@ -66,5 +65,6 @@ def collision_attention(
 
     grad: "exact", or "lower_bound" for the published surrogate; see `subquad.collision_attention_bwd`.
     """
-    arrays = {"q": q, "k": k, "v": v, "key_mask": key_mask, "query_mask": query_mask}
-    return COLLISION_ATTENTION(arrays, {"hash_bits": hash_bits, "grad": grad, "is_causal": is_causal})
+    return COLLISION_ATTENTION(
+        q=q, k=k, v=v, hash_bits=hash_bits, grad=grad, key_mask=key_mask, query_mask=query_mask, is_causal=is_causal
+    )
