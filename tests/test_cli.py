@@ -20,7 +20,10 @@ from cli_process import answer, random_arrays, refusal, start
 from subquad import cli
 from subquad.cli import console
 
-DEFAULT_NAMES = ["yoso-e8", "yoso-16x8", "yoso-32x8", "yoso-32x9", "yoso-64x9", "yoso-128x9"]
+DEFAULT_NAMES = [
+    "exact", "rfa-64", "rfa-256", "rfa-hyperbolic-128", "ra-1", "ra-4", "lara-16", "lara-49", "eva-64x64", "eva-128x16",
+    "yoso-e8", "yoso-16x8", "yoso-32x8", "yoso-32x9", "yoso-64x9", "yoso-128x9",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -148,7 +151,7 @@ def test_a_reader_that_leaves(no_torch, tmp_path):
 @pytest.fixture(scope="module")
 def compared(no_torch, tmp_path_factory):
     """One comparison on the start of the sample, shared by the tests below: (document, rows by name)."""
-    names = "numpy,yoso-e6,yoso-4x6,yoso-32x6,yoso-256x6"
+    names = "exact,yoso-e6,yoso-4x6,yoso-32x6,yoso-256x6,ra-2,ra-32,rfa-64,rfa-trig-64,lara-9,eva-64x64,eva-256x64"
     arguments = ["compare", "--seq", "256", "--repeats", "3", "--rows", names, "--seed", "7", "--json"]
     document = json.loads(answer(start(arguments, tmp_path_factory.mktemp("compared"), no_torch, {})))
     assert [row["name"] for row in document["rows"]] == names.split(",")
@@ -158,14 +161,14 @@ def compared(no_torch, tmp_path_factory):
 def test_compare_json_fields(compared):
     document, rows = compared
     assert document["command"] == "compare" and document["subquad"] == subquad.__version__
-    assert (document["seed"], document["repeats"], document["exact"]) == (7, 3, "numpy")
+    assert (document["seed"], document["repeats"], document["exact"]) == (7, 3, "exact")
     shape = [1, 4, 256, 32]
     assert document["input"] == {"source": "built-in sample", "q": shape, "k": shape, "v": shape, "dtype": "float32"}
     assert document["machine"]["isa"] == subquad.cpu.isa() and document["machine"]["threads"]["subquad"] >= 1
     for row in rows.values():
         low, high = row["time_quartiles_ms"]
         assert 0 < low <= row["time_ms"] <= high
-        assert row["speedup"] == pytest.approx(rows["numpy"]["time_ms"] / row["time_ms"])
+        assert row["speedup"] == pytest.approx(rows["exact"]["time_ms"] / row["time_ms"])
         assert row["memory_mib"] is None or 0 <= row["memory_mib"] < 64
         assert 0 <= row["error"] and -1 <= row["softmax_cosine"] <= 1 + 1e-12
 
@@ -173,16 +176,26 @@ def test_compare_json_fields(compared):
 def test_compare_errors(compared):
     _, rows = compared
     # Exact rows differ from float64 by the rounding of float32 sums; sampled ones by their number of samples.
-    for name in ("numpy", "yoso-e6"):
+    for name in ("exact", "yoso-e6"):
         assert rows[name]["error"] < 1e-5 and rows[name]["budget"] == ""
-    assert rows["numpy"]["softmax_error"] == rows["numpy"]["error"]
-    assert rows["numpy"]["softmax_cosine"] == pytest.approx(1, abs=1e-6)
+    assert rows["exact"]["softmax_error"] == rows["exact"]["error"]
+    assert rows["exact"]["softmax_cosine"] == pytest.approx(1, abs=1e-6)
     errors = [rows[f"yoso-{hashes}x6"]["error"] for hashes in (4, 32, 256)]
     # An eighth of the variance a step: the error falls by sqrt(8) = 2.8, here seen within 30 %.
     assert errors[0] / errors[1] == pytest.approx(8**0.5, rel=0.3)
     assert errors[1] / errors[2] == pytest.approx(8**0.5, rel=0.3)
     assert all(rows[f"yoso-{hashes}x6"]["softmax_error"] is None for hashes in (4, 32, 256))
     assert rows["yoso-4x6"]["estimates"] == rows["yoso-e6"]["estimates"] == "YOSO-E, 6 bits"
+
+
+def test_compare_errors_of_what_estimates_softmax(compared):
+    _, rows = compared
+    for name in ("ra-2", "ra-32", "rfa-64", "rfa-trig-64", "lara-9", "eva-64x64"):
+        row = rows[name]
+        assert row["estimates"] == "softmax attention" and row["softmax_error"] == row["error"] > 0.05 and row["budget"]
+    # RA is unbiased: sixteen times the samples give a quarter of the error, here seen within 30 %.
+    assert rows["ra-2"]["error"] / rows["ra-32"]["error"] == pytest.approx(4, rel=0.3)
+    assert rows["eva-256x64"]["error"] < 1e-5  # one block of all 256 tokens
 
 
 def test_compare_repeats_itself_but_for_times(compared, command):
@@ -203,7 +216,7 @@ def test_compare_table(command):
     assert "built-in sample, q, k, v [1, 4, 64, 32] float32, seed 0" in lines[0]
     assert "threads: subquad 1" in text and subquad.cpu.isa() in text and np.__version__ in text
     heads = next(i for i, line in enumerate(lines) if line.startswith("row "))
-    for name, line in zip(["numpy", "yoso-e5", "yoso-2x5"], lines[heads + 2 : heads + 5], strict=True):
+    for name, line in zip(["exact", "yoso-e5", "yoso-2x5"], lines[heads + 2 : heads + 5], strict=True):
         assert line.split()[0] == name
         time, speedup, memory, error, cosine = line.split()[-5:]
         assert float(time) > 0 and float(speedup.rstrip("x")) >= 0 and float(error) >= 0 and -1 <= float(cosine) <= 1
@@ -215,23 +228,27 @@ def test_compare_table(command):
 
 def test_compare_runs_the_table_without_torch(command):
     rows = json.loads(answer(command("compare", "--seq", "32", "--repeats", "1", "--json")))["rows"]
-    assert [row["name"] for row in rows] == ["numpy", *DEFAULT_NAMES]
+    assert [row["name"] for row in rows] == DEFAULT_NAMES
 
 
 def test_compare_with_torch(command):
     if importlib.util.find_spec("torch") is None:
         pytest.skip("torch is not installed")
     pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
-    arguments = ["--seq", "96", "--repeats", "1", "--rows", "yoso-2x5", "--dtype", "bfloat16", "--json"]
+    arguments = ["--seq", "96", "--repeats", "1", "--rows", "yoso-2x5,exact", "--dtype", "bfloat16", "--json"]
     document = json.loads(answer(command("compare", *arguments, hidden=None)))
     assert document["exact"] == "sdpa" and document["machine"]["threads"]["torch"] >= 1
     assert document["input"]["dtype"] == "bfloat16"
-    assert document["rows"][0]["error"] < 2e-2  # a few roundings to 8 bits
+    assert [row["name"] for row in document["rows"]] == ["sdpa", "yoso-2x5", "exact"]
+    for row in document["rows"][::2]:
+        assert row["error"] < 2e-2  # a few roundings to 8 bits
 
 
 def test_compare_on_npz(command, tmp_path):
     np.savez(tmp_path / "qkv.npz", other=np.zeros(3), **random_arrays(seq_k=50))
-    done = command("compare", "--input", "qkv.npz", "--repeats", "1", "--rows", "yoso-4x4,yoso-e4", "--json")
+    done = command(
+        "compare", "--input", "qkv.npz", "--repeats", "1", "--rows", "yoso-4x4,yoso-e4,lara-5,eva-8x4", "--json"
+    )
     document = json.loads(answer(done))
     assert document["input"] == {
         "source": "qkv.npz", "q": [2, 4, 40, 8], "k": [2, 2, 50, 8], "v": [2, 2, 50, 12], "dtype": "float32"
@@ -256,10 +273,10 @@ def test_compare_on_safetensors(command, tmp_path, dtype):
 def test_compare_draws_a_picture(command, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     arguments = ["compare", "--seq", "48", "--repeats", "1", "--plot", "out.png"]
-    answer(command(*arguments, "--rows", "yoso-e4,yoso-2x4,yoso-8x4"))
+    answer(command(*arguments, "--rows", "yoso-e4,yoso-2x4,yoso-8x4,lara-4,ra-1,ra-2"))
     picture = (tmp_path / "out.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 10_000
-    answer(command(*arguments, "--rows", "numpy"))  # nothing sampled: lines only
+    answer(command(*arguments, "--rows", "exact"))  # no budgets: lines only
     assert (tmp_path / "out.png").read_bytes() != picture
 
 
@@ -281,22 +298,24 @@ def test_progress_only_where_somebody_watches(no_torch, tmp_path):
 
 
 def test_crossover_json(command):
-    arguments = ["--heads", "1", "--dim", "8", "--min", "16", "--max", "96", "--hashes", "1,2", "--bits", "4"]
+    arguments = ["--heads", "1", "--dim", "8", "--min", "16", "--max", "96", "--rows", "yoso-1x4,eva-8x8,ra-1"]
     document = json.loads(answer(command("crossover", *arguments, "--threads", "1", "--json")))
     assert (document["dim"], document["heads"], document["min"], document["max"]) == (8, 1, 16, 96)
-    assert document["exact"] == {"name": "numpy", "label": "softmax, blocked (numpy)"}
+    assert document["exact"] == {"name": "exact", "label": "softmax (subquad)"}
     assert document["machine"]["threads"] == {"subquad": 1}
-    assert [row["name"] for row in document["rows"]] == ["yoso-1x4", "yoso-2x4"]
+    assert [row["name"] for row in document["rows"]] == ["yoso-1x4", "eva-8x8", "ra-1"]
     for row in document["rows"]:
-        assert row["status"] in ("always", "crossed", "never") and (row["n"] is None) == (row["status"] == "never")
+        status = ("quadratic",) if row["name"] == "ra-1" else ("always", "crossed", "never")
+        assert row["status"] in status and (row["n"] is None) == (row["status"] in ("never", "quadratic"))
         assert [p["n"] for p in row["points"]] == sorted({p["n"] for p in row["points"]})
         assert all(16 <= p["n"] <= 96 and min(p["exact_ms"], p["row_ms"], p["ratio"]) > 0 for p in row["points"])
 
 
 def test_crossover_text(command):
-    text = answer(command("crossover", "--heads", "1", "--dim", "8", "--max", "64", "--hashes", "4096"))
+    text = answer(command("crossover", "--heads", "1", "--dim", "8", "--max", "64", "--rows", "yoso-4096x8,ra-1"))
     assert "YOSO, 8 bits, 4096 hashes: not within --max 64" in text
-    assert re.search(r"^ +N +numpy ms +yoso-4096x8 ms +speed-up$", text, re.MULTILINE)
+    assert re.search(r"^ +N +exact ms +yoso-4096x8 ms +speed-up$", text, re.MULTILINE)
+    assert re.search(r"^RA, 1 sample: time grows as N\^2 too, \d\.\d\dx as fast at N = 64$", text, re.MULTILINE)
     assert max(map(len, text.splitlines())) <= console.WIDTH
 
 
@@ -307,6 +326,8 @@ def test_mistakes_leave_as_one_sentence(command):
     assert refusal(command("compare", "--rows", "nothing")).startswith("unknown row 'nothing': expected ")
     sentence = refusal(command("compare", "--seq", "16", "--rows", "sdpa"))
     assert sentence == "row sdpa needs torch (No module named 'torch'): pip install subquad[torch]"
+    sentence = refusal(command("crossover", "--rows", "exact"))
+    assert sentence == "--rows: expected other rows than exact, which they are compared with"
     for variables in ({"SUBQUAD_ISA": "z80"}, {"SUBQUAD_NUM_THREADS": "many"}):
         sentence = refusal(command("compare", "--seq", "16", **variables))
         assert next(iter(variables)) in sentence and next(iter(variables.values())) in sentence

@@ -26,13 +26,16 @@ def test_mistakes_in_arguments(capsys):
         (["compare", "--threads", "0"], "argument --threads: expected an integer in 1..1024, got '0'"),
         (["compare", "--seed", "1.5"], "argument --seed: expected an integer, got '1.5'"),
         (["compare", "--dtype", "float64"], "argument --dtype: invalid choice"),
-        (["compare", "--rows", "yoso-16x8,softmax"], "unknown row 'softmax': expected sdpa, numpy, yoso-e8"),
+        (["compare", "--rows", "yoso-16x8,softmax"], "unknown row 'softmax': expected sdpa, exact, rfa-64, "),
         (["compare", "--rows", "yoso-16x25"], "unknown row 'yoso-16x25'"),
+        (["compare", "--rows", "eva-6x4"], "unknown row 'eva-6x4'"),
+        (["compare", "--rows", "lara-0"], "unknown row 'lara-0'"),
+        (["compare", "--rows", "rfa-relu-8"], "unknown row 'rfa-relu-8'"),
+        (["compare", "--rows", "ra-1025"], "unknown row 'ra-1025'"),
         (["compare", "--rows", ""], "unknown row ''"),
         (["compare", "--input", "nowhere.npz"], "--input: no such file: nowhere.npz"),
         (["crossover", "--min", "9", "--max", "8"], "--min: expected at most --max = 8, got 9"),
-        (["crossover", "--hashes", "8,,9"], "argument --hashes: expected an integer in 1..65536, got ''"),
-        (["crossover", "--bits", "25"], "argument --bits: expected an integer in 1..24, got '25'"),
+        (["crossover", "--rows", "yoso-16x8,,lara-9"], "unknown row ''"),
         (["crossover", "--dim", "513"], "argument --dim: expected an integer in 1..512, got '513'"),
         (["compute"], "invalid choice: 'compute'"),
         (["info", "--colour"], "unrecognized arguments: --colour"),
@@ -193,8 +196,7 @@ def test_references_are_the_formulas():
     rows = np.array([0, 7, 39])
     np.testing.assert_allclose(reference.softmax_attention(q, k, v), exact, rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(reference.softmax_attention(q, k, v, rows), exact[:, :, rows], rtol=1e-12, atol=1e-13)
-    single = reference.softmax_attention(q, k, v, dtype=np.float32)
-    assert single.dtype == np.float32 and np.abs(single - exact).max() < 1e-5
+    assert reference.softmax_attention(*(x.astype(np.float32) for x in (q, k, v))).dtype == np.float64
     k[0, 0, 3] = 0  # a zero key is at right angles to every query
     expected = collision_attention(q, k, v, 5)[:, :, rows]
     np.testing.assert_allclose(reference.yoso_expectation(q, k, v, 5, rows), expected, rtol=1e-12, atol=1e-13)
@@ -246,6 +248,19 @@ def test_rows_have_names_of_their_own():
     made = methods.find_row("yoso-48x10")
     assert (made.name, made.label, made.target.label) == ("yoso-48x10", "YOSO, 10 bits, 48 hashes", "YOSO-E, 10 bits")
     assert methods.find_row("yoso-1x3").budget == "1 hash"
+    for name, label in {
+        "rfa-1": "RFA positive, 1 feature",
+        "rfa-trig-32": "RFA trig, 32 pairs",
+        "rfa-hyperbolic-5": "RFA hyperbolic, 5 pairs",
+        "ra-9": "RA, 9 samples",
+        "lara-7": "LARA, 7 landmarks",
+        "eva-12x4": "EVA, window 12, chunk 4",
+        "eva-4x12": "EVA, window 4, chunk 12",
+    }.items():
+        made = methods.find_row(name)
+        assert (made.name, made.label, made.target) == (name, label, methods.SOFTMAX)
+    assert methods.split_names("lara-7, ra-1,lara-07") == ["lara-7", "ra-1"]
+    assert set(methods.LINEAR) <= {row.name for row in methods.ROWS if not row.quadratic}
 
 
 @pytest.mark.parametrize("name", [row.name for row in methods.ROWS])
@@ -259,3 +274,15 @@ def test_every_row_runs(name):
         assert out.shape == (2, 4, 40, 12) and out.dtype == np.float32 and np.isfinite(out).all()
     error = measure.relative_error(row.estimate(q, k, v, 3), row.target.compute(q, k, v, np.arange(40)))
     assert error < (5 if row.budget else 1e-5)
+
+
+def test_what_grows_as_exact_attention_does_is_not_searched():
+    ns = []
+
+    def at(n):
+        ns.append(n)
+        return crossover.Point(n, 1.0, 2.0, 0.5)
+
+    status, n, points = crossover.ratios(at, 48, 100000)
+    assert (status, n) == ("quadratic", None) and list(points) == ns == [48, 96, 192, 384, 768, 1536, 2048]
+    assert list(crossover.ratios(at, 4096, 8192)[2]) == [4096]

@@ -3,6 +3,7 @@
 SUBQUAD_FUZZ_CASES sets the number of cases; the seed of a failing one is in its name.
 """
 
+import contextlib
 import os
 
 import numpy as np
@@ -17,7 +18,7 @@ from tolerance import assert_budget, redrawn_floor, round_to
 CASES = int(os.environ.get("SUBQUAD_FUZZ_CASES", "150"))
 
 
-def draw_case(rng):
+def draw_case(rng, tokens=90, dims=140):
     heads_kv = int(rng.integers(1, 4))
     small = lambda high: int(rng.choice([1, 2, 3, int(rng.integers(1, high))]))  # noqa: E731
     return Case(
@@ -25,10 +26,10 @@ def draw_case(rng):
         batch=int(rng.integers(1, 4)),
         heads=heads_kv * int(rng.integers(1, 4)),
         heads_kv=heads_kv,
-        seq_q=small(90),
-        seq_k=small(90),
-        dim=small(140),
-        dim_v=small(140),
+        seq_q=small(tokens),
+        seq_k=small(tokens),
+        dim=small(dims),
+        dim_v=small(dims),
         causal=bool(rng.integers(2)),
         masked=bool(rng.integers(2)),
     )
@@ -61,19 +62,31 @@ def layout(x, rng):
     return x
 
 
+def some_dtype(rng):
+    dtype = str(rng.choice(["float32", "float32", "float16", "bfloat16"]))
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
+    return dtype
+
+
+@contextlib.contextmanager
+def on_some_row(rng):
+    """A body that runs on one row of kernels that this machine has."""
+    before = subquad.cpu.isa()
+    subquad.cpu.set_isa(str(rng.choice(subquad.cpu.available())))
+    try:
+        yield
+    finally:
+        subquad.cpu.set_isa(before)
+
+
 @pytest.mark.parametrize("seed", range(CASES))
 def test_random_calls(seed):
     rng = np.random.default_rng(seed)
     case, keywords = draw_case(rng), draw_keywords(rng)
-    dtype = str(rng.choice(["float32", "float32", "float16", "bfloat16"]))
-    if dtype == "bfloat16":
-        pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
-    isa = subquad.cpu.isa()
-    subquad.cpu.set_isa(str(rng.choice(subquad.cpu.available())))
-    try:
+    dtype = some_dtype(rng)
+    with on_some_row(rng):
         check(case, keywords, dtype, seed, rng)
-    finally:
-        subquad.cpu.set_isa(isa)
 
 
 def check(case, keywords, dtype, seed, rng):

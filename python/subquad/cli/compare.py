@@ -17,11 +17,11 @@ from .inputs import DTYPES, Inputs, load_inputs
 _HELP = "time, memory and error of every method against exact attention, on real q, k and v"
 _EXAMPLES = f"""\
 {wrap(f"rows: {methods.names()}")}
-Exact attention is always among them: torch's SDPA where torch can be imported, else a blocked numpy softmax.
+Speed-ups are against exact attention: torch's SDPA where torch can be imported, else subquad.softmax_attention.
 
 examples:
   subquad compare                                       the built-in sample, all of its 2048 tokens
-  subquad compare --seq 512 --rows yoso-32x8,yoso-64x9
+  subquad compare --seq 512 --rows lara-49,rfa-512,rfa-trig-256,yoso-64x9
   subquad compare --input qkv.npz --dtype bfloat16      arrays q [B, H, N, D], k [B, Hkv, M, D], v [B, Hkv, M, E]
   subquad compare --json --plot error-against-time.png > result.json
 """
@@ -43,9 +43,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    wanted = None if args.rows is None else [name.strip() for name in args.rows.split(",")]
-    for name in wanted or []:
-        methods.find_row(name)
+    wanted = None if args.rows is None else methods.split_names(args.rows)
     if args.plot is not None:
         plot.check(args.plot)
     inputs = load_inputs(args.input, args.seq, args.dtype)
@@ -186,13 +184,13 @@ def _notes(document: dict[str, Any]) -> list[str]:
         f"{exact['name']}.",
         "memory: growth of peak resident memory in one call in a fresh process, output and scratch included, to about "
         "0.5 MiB.",
-        f"error: relative l2 distance{part} from what the row estimates, in float64: softmax attention, or for YOSO "
-        "its expectation YOSO-E of the same bits (sums before their rows are normalised).",
+        f"error: relative l2 distance{part} from what the row estimates, in float64: softmax attention, but for YOSO "
+        "its expectation YOSO-E of the same bits (sums before their rows are normalised), so that errors of YOSO "
+        "compare with each other only. An output of zeros has an error of 1.",
         "softmax cos: mean cosine of output rows with exact softmax attention. YOSO is an attention of its own, not an "
         "approximation of softmax: its cosine is no error.",
+        *methods.baseline_note(exact["name"]),
     ]
-    if exact["name"] == "numpy":
-        notes.append("torch cannot be imported: exact attention is a blocked numpy softmax here, slower than SDPA.")
     if any(row["memory_mib"] is None for row in rows):
         notes.append("memory: -: this system does not tell a process its peak memory.")
     if document["machine"]["note"]:

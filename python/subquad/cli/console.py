@@ -45,12 +45,6 @@ def integer(low: int | None = None, high: int | None = None) -> Callable[[str], 
     return parse
 
 
-def integers(low: int, high: int) -> Callable[[str], list[int]]:
-    """A type for argparse: integers in low..high, separated by commas."""
-    one = integer(low, high)
-    return lambda text: list(dict.fromkeys(one(part) for part in text.split(",")))
-
-
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=integer(), default=0, metavar="S", help="seed of every random draw (default 0)")
     parser.add_argument("--threads", type=integer(1, MAX_THREADS), metavar="T",

@@ -14,23 +14,25 @@ import subquad
 
 from . import console, machine, measure, methods, worker
 from .compare import library
-from .console import Progress, UserError, integer, integers, wrap
+from .console import Progress, UserError, integer, wrap
 from .inputs import MAX_DIM
 
 _HELP = "the number of tokens N from which a method is faster than exact attention on this machine"
-_EXAMPLES = """\
-q, k, v are random normal tokens [1, heads, N, dim] in float32. Exact attention is torch's SDPA where torch can be
-imported, else a blocked numpy softmax.
-
-examples:
-  subquad crossover
-  subquad crossover --dim 32 --heads 12 --hashes 16,32,64 --bits 9 --max 16384
-  subquad crossover --threads 1 --json
-"""
 _PAIRS = 41
 _FEWEST_PAIRS = 5
 _ENOUGH_SECONDS = 0.25
 _RESOLUTION = 16  # the search ends when N is known to a part of itself, or to as many tokens
+_QUADRATIC_MAX = 2048
+_EXAMPLES = f"""\
+{wrap(f"rows: {methods.names()}")}
+q, k, v are random normal tokens [1, heads, N, dim] in float32. Exact attention is torch's SDPA where torch can be
+imported, else subquad.softmax_attention. A method whose time grows as N^2 too is only timed up to N = {_QUADRATIC_MAX}.
+
+examples:
+  subquad crossover
+  subquad crossover --dim 32 --heads 12 --rows eva-128x16,yoso-16x8,yoso-32x9 --max 16384
+  subquad crossover --threads 1 --json
+"""
 
 
 class Point(NamedTuple):
@@ -49,10 +51,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--heads", type=integer(1), default=8, metavar="H", help="heads (default 8)")
     parser.add_argument("--min", type=integer(1), default=64, metavar="N", help="smallest N (default 64)")
     parser.add_argument("--max", type=integer(1), default=8192, metavar="N", help="largest N (default 8192)")
-    parser.add_argument("--hashes", type=integers(1, methods.MAX_HASHES), default=[16], metavar="R,...",
-                        help="hashes of YOSO, one row for each (default 16)")  # fmt: skip
-    parser.add_argument("--bits", type=integers(1, methods.MAX_BITS), default=[8], metavar="J,...",
-                        help="bits of a hash, one row for each (default 8)")  # fmt: skip
+    parser.add_argument("--rows", metavar="NAME,...", default=",".join(methods.LINEAR),
+                        help="what to run, see below (default %(default)s)")  # fmt: skip
     console.add_common_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.min > args.max:
         raise UserError(f"--min: expected at most --max = {args.max}, got {args.min}")
-    rows = [methods.yoso(hashes, bits).name for bits in args.bits for hashes in args.hashes]
+    rows = methods.split_names(args.rows)
     settings = {"dim": args.dim, "heads": args.heads, "min": args.min, "max": args.max, "seed": args.seed}
     found = worker.ask("crossover:find_crossings", {**settings, "rows": rows}, args.threads)
     document = {"command": "crossover", "subquad": subquad.__version__, **settings, **found}
@@ -72,18 +72,20 @@ def run(args: argparse.Namespace) -> None:
 
 def find_crossings(request: dict[str, Any]) -> dict[str, Any]:
     """In a process of its own: the search for every row."""
-    exact = methods.exact_row()
+    exact, *rows = methods.choose(request["rows"])
+    if not rows:
+        raise UserError(f"--rows: expected other rows than {exact.name}, which they are compared with")
     facts = library(machine.facts)
     progress = Progress()
     answers = []
-    for name in request["rows"]:
-        row = methods.find_row(name)
+    for row in rows:
 
         def at(n: int, row: methods.Row = row) -> Point:
             progress.say(f"{row.name}: N = {n}")
             return _pairs(exact, row, n, request)
 
-        status, n, points = search(at, request["min"], request["max"])
+        low, high = request["min"], request["max"]
+        status, n, points = ratios(at, low, high) if row.quadratic else search(at, low, high)
         shown = [{**p._asdict()} for p in sorted(points.values())]
         answers.append({"name": row.name, "label": row.label, "status": status, "n": n, "points": shown})
     progress.close()
@@ -112,9 +114,7 @@ def search(at: Callable[[int], Point], low: int, high: int) -> tuple[str, int | 
     measured; "always": faster at `low` already; "never": not faster up to `high`. A single fast point with a slow one
     at twice its N is taken for noise.
     """
-    ladder = [low]
-    while ladder[-1] < high:
-        ladder.append(min(ladder[-1] * 2, high))
+    ladder = doublings(low, high)
     points: dict[int, Point] = {}
 
     def faster(n: int) -> bool:
@@ -136,6 +136,19 @@ def search(at: Callable[[int], Point], low: int, high: int) -> tuple[str, int | 
     return "crossed", n, points
 
 
+def ratios(at: Callable[[int], Point], low: int, high: int) -> tuple[str, None, dict[int, Point]]:
+    """The points of a row whose time grows as that of exact attention does, so that there is no crossing to search."""
+    return "quadratic", None, {n: at(n) for n in doublings(low, max(low, min(high, _QUADRATIC_MAX)))}
+
+
+def doublings(low: int, high: int) -> list[int]:
+    """low, its doublings below high, and high."""
+    ladder = [low]
+    while ladder[-1] < high:
+        ladder.append(min(ladder[-1] * 2, high))
+    return ladder
+
+
 def _text(document: dict[str, Any]) -> str:
     exact = document["exact"]
     shape = f"[1, {document['heads']}, N, {document['dim']}] float32, N in {document['min']}..{document['max']}"
@@ -151,16 +164,18 @@ def _text(document: dict[str, Any]) -> str:
     notes = [
         f"Medians of {_FEWEST_PAIRS} to {_PAIRS} pairs of calls in alternation, after a warm-up; N is known to about "
         f"1/{_RESOLUTION} of itself.",
-        "YOSO is an attention of its own, not an approximation of softmax: `subquad compare` shows its errors.",
+        "How well a method approximates softmax attention, if it does, is another question: see `subquad compare`.",
+        *methods.baseline_note(exact["name"]),
     ]
-    if exact["name"] == "numpy":
-        notes.append("torch cannot be imported: exact attention is a blocked numpy softmax here, slower than SDPA.")
     if document["machine"]["note"]:
         notes.append(f"{document['machine']['note']}.")
     return "\n".join(parts + [wrap(note, indent="  ") for note in notes])
 
 
 def _verdict(row: dict[str, Any], document: dict[str, Any]) -> str:
+    if row["status"] == "quadratic":
+        last = row["points"][-1]
+        return f"time grows as N^2 too, {last['ratio']:.2f}x as fast at N = {last['n']}"
     if row["status"] == "never":
         return f"not within --max {document['max']}"
     if row["status"] == "always":

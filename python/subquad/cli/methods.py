@@ -22,6 +22,10 @@ from .reference import softmax_attention, yoso_expectation
 Array = NDArray[Any]
 MAX_BITS = 24
 MAX_HASHES = 65536
+MAX_FEATURES = 4096
+MAX_SAMPLES = 1024
+MAX_LANDMARKS = 65536
+MAX_WINDOW = 10**9
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,9 @@ class Target:
 class Row:
     """One line of the table.
 
-    name: as --rows takes it. method, budget: as the table shows them; no budget means that nothing is sampled.
+    name: as --rows takes it. method, budget: as the table shows them; no budget means exact but for rounding.
     run(q, k, v, seed): the output, in numpy. raw: what is compared with the target, where that is not the output.
-    needs: the module that it cannot do without.
+    needs: the module that it cannot do without. quadratic: its time grows as N^2, as that of exact attention does.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Row:
     run: Callable[[Array, Array, Array, int], Array]
     raw: Callable[[Array, Array, Array, int], Array] | None = None
     needs: str | None = None
+    quadratic: bool = False
 
     @property
     def label(self) -> str:
@@ -73,8 +78,8 @@ def _torch_sdpa(q: Array, k: Array, v: Array, seed: int) -> Array:
     return out.view(torch.int16).numpy().view(q.dtype) if bits else out.numpy()
 
 
-def _numpy_softmax(q: Array, k: Array, v: Array, seed: int) -> Array:
-    return softmax_attention(q, k, v, dtype=np.float32).astype(q.dtype, copy=False)
+def _exact(q: Array, k: Array, v: Array, seed: int) -> Any:
+    return subquad.softmax_attention(q, k, v)
 
 
 @functools.cache
@@ -85,7 +90,7 @@ def _expected_yoso(bits: int) -> Target:
 def yoso_e(bits: int) -> Row:
     run = functools.partial(_yoso, hash_bits=bits, expectation=True)
     raw = functools.partial(run, normalize=False)
-    return Row(f"yoso-e{bits}", f"YOSO-E, {bits} bits", "", _expected_yoso(bits), run, raw)
+    return Row(f"yoso-e{bits}", f"YOSO-E, {bits} bits", "", _expected_yoso(bits), run, raw, quadratic=True)
 
 
 def yoso(hashes: int, bits: int) -> Row:
@@ -99,14 +104,60 @@ def _yoso(q: Array, k: Array, v: Array, seed: int, **keywords: Any) -> Any:
     return subquad.yoso_attention(q, k, v, seed=seed, **keywords)
 
 
+def rfa(features: str, count: int) -> Row:
+    """`count` rows of the projection, which give as many positive features and twice as many of the other kinds."""
+    budget = f"{count} {'feature' if features == 'positive' else 'pair'}{'s' * (count > 1)}"
+    name = f"rfa-{count}" if features == "positive" else f"rfa-{features}-{count}"
+    run = functools.partial(_rfa, features=features, num_features=count)
+    return Row(name, f"RFA {features}", budget, SOFTMAX, run)
+
+
+def _rfa(q: Array, k: Array, v: Array, seed: int, **keywords: Any) -> Any:
+    return subquad.rfa_attention(q, k, v, seed=seed, **keywords)
+
+
+def ra(samples: int) -> Row:
+    def run(q: Array, k: Array, v: Array, seed: int) -> Any:
+        return subquad.randomized_attention(q, k, v, num_samples=samples, seed=seed)
+
+    return Row(f"ra-{samples}", "RA", f"{samples} sample{'s' * (samples > 1)}", SOFTMAX, run, quadratic=True)
+
+
+def lara(landmarks: int) -> Row:
+    """In evaluation: no noise, so that the seed has no part in it."""
+
+    def run(q: Array, k: Array, v: Array, seed: int) -> Any:
+        return subquad.lara_attention(q, k, v, num_landmarks=landmarks)
+
+    return Row(f"lara-{landmarks}", "LARA", f"{landmarks} landmark{'s' * (landmarks > 1)}", SOFTMAX, run)
+
+
+def eva(window: int, chunk: int) -> Row:
+    """In evaluation, as LARA."""
+
+    def run(q: Array, k: Array, v: Array, seed: int) -> Any:
+        return subquad.eva_attention(q, k, v, window=window, chunk_size=chunk)
+
+    return Row(f"eva-{window}x{chunk}", "EVA", f"window {window}, chunk {chunk}", SOFTMAX, run)
+
+
 # Exact attention: the first of these that can run is what speed-ups are against.
 EXACT = (
-    Row("sdpa", "softmax, SDPA (torch)", "", SOFTMAX, _torch_sdpa, needs="torch"),
-    Row("numpy", "softmax, blocked (numpy)", "", SOFTMAX, _numpy_softmax),
+    Row("sdpa", "softmax, SDPA (torch)", "", SOFTMAX, _torch_sdpa, needs="torch", quadratic=True),
+    Row("exact", "softmax (subquad)", "", SOFTMAX, _exact, quadratic=True),
 )
 
 ROWS = (
     *EXACT,
+    rfa("positive", 64),
+    rfa("positive", 256),
+    rfa("hyperbolic", 128),
+    ra(1),
+    ra(4),
+    lara(16),
+    lara(49),
+    eva(64, 64),
+    eva(128, 16),
     yoso_e(8),
     yoso(16, 8),
     yoso(32, 8),
@@ -115,25 +166,56 @@ ROWS = (
     yoso(128, 9),
 )
 
+# One of every method of linear cost.
+LINEAR = ("rfa-256", "lara-49", "eva-64x64", "yoso-16x8")
+
+
+def _in(low: int, high: int, *numbers: str) -> bool:
+    return all(low <= int(number) <= high for number in numbers)
+
+
+def _family_rfa(features: str | None, count: str) -> Row | None:
+    return rfa(features or "positive", int(count)) if _in(1, MAX_FEATURES, count) else None
+
+
+def _family_ra(samples: str) -> Row | None:
+    return ra(int(samples)) if _in(1, MAX_SAMPLES, samples) else None
+
+
+def _family_lara(landmarks: str) -> Row | None:
+    return lara(int(landmarks)) if _in(1, MAX_LANDMARKS, landmarks) else None
+
+
+def _family_eva(window: str, chunk: str) -> Row | None:
+    if not _in(1, MAX_WINDOW, window, chunk) or max(int(window), int(chunk)) % min(int(window), int(chunk)):
+        return None
+    return eva(int(window), int(chunk))
+
 
 def _family_yoso_e(bits: str) -> Row | None:
-    return yoso_e(int(bits)) if 1 <= int(bits) <= MAX_BITS else None
+    return yoso_e(int(bits)) if _in(1, MAX_BITS, bits) else None
 
 
 def _family_yoso(hashes: str, bits: str) -> Row | None:
-    return yoso(int(hashes), int(bits)) if 1 <= int(hashes) <= MAX_HASHES and 1 <= int(bits) <= MAX_BITS else None
+    return yoso(int(hashes), int(bits)) if _in(1, MAX_HASHES, hashes) and _in(1, MAX_BITS, bits) else None
 
 
 # Names beyond the table: pattern, row for its groups (None where out of range), how to say it.
 FAMILIES = (
+    (r"rfa-(?:(hyperbolic|trig)-)?(\d{1,6})", _family_rfa,
+     f"rfa-F, rfa-hyperbolic-F, rfa-trig-F (F projections in 1..{MAX_FEATURES})"),
+    (r"ra-(\d{1,6})", _family_ra, f"ra-SAMPLES (1..{MAX_SAMPLES})"),
+    (r"lara-(\d{1,6})", _family_lara, f"lara-LANDMARKS (1..{MAX_LANDMARKS})"),
+    (r"eva-(\d{1,10})x(\d{1,10})", _family_eva, "eva-WINDOWxCHUNK (one divides the other)"),
     (r"yoso-e(\d{1,3})", _family_yoso_e, f"yoso-eBITS (BITS in 1..{MAX_BITS})"),
     (r"yoso-(\d{1,6})x(\d{1,3})", _family_yoso, f"yoso-HASHESxBITS (HASHES in 1..{MAX_HASHES})"),
-)
+)  # fmt: skip
 
 
 def names() -> str:
     """What --rows takes, in words."""
-    return f"{', '.join(row.name for row in ROWS)}, and any {' or '.join(words for _, _, words in FAMILIES)}"
+    *most, last = (words for _, _, words in FAMILIES)
+    return f"{', '.join(row.name for row in ROWS)}, and any {', '.join(most)} or {last}"
 
 
 def find_row(name: str) -> Row:
@@ -149,6 +231,11 @@ def find_row(name: str) -> Row:
     raise UserError(f"unknown row {name!r}: expected {names()}")
 
 
+def split_names(text: str) -> list[str]:
+    """The names of a comma-separated list, each once; UserError for one that is unknown."""
+    return list(dict.fromkeys(find_row(name.strip()).name for name in text.split(",")))
+
+
 def missing(row: Row) -> str | None:
     """Why the row cannot run here, or None if it can. Imports what the row needs."""
     if row.needs is None:
@@ -161,18 +248,23 @@ def missing(row: Row) -> str | None:
 
 
 def exact_row() -> Row:
-    """The exact attention that speed-ups are against: the fastest that can run here."""
+    """The exact attention that speed-ups are against: that of torch if it can run here, else that of subquad."""
     return next(row for row in EXACT if missing(row) is None)
 
 
 def choose(wanted: Sequence[str] | None) -> list[Row]:
-    """Rows to run, exact attention first; None for the table with the exact attention that can run here."""
+    """Rows to run, the exact attention that speed-ups are against first; None for the table as far as it can run."""
     exact = exact_row()
     if wanted is None:
-        return [exact, *(row for row in ROWS if row not in EXACT and missing(row) is None)]
-    rows = {row.name: row for row in map(find_row, wanted)}.values()
+        return [exact, *(row for row in ROWS if row is not exact and missing(row) is None)]
+    rows = [find_row(name) for name in wanted]
     for row in rows:
         reason = missing(row)
         if reason:
             raise UserError(f"row {row.name} {reason}: pip install subquad[{row.needs}]")
     return [exact, *(row for row in rows if row.name != exact.name)]
+
+
+def baseline_note(exact: str) -> list[str]:
+    """Where torch is absent, what speed-ups are against."""
+    return [] if exact == "sdpa" else ["torch cannot be imported: exact attention is that of subquad here."]

@@ -26,7 +26,7 @@ def check(path: str) -> None:
 
 
 def draw(document: dict[str, Any], path: str) -> None:
-    """One line per method through its budgets; what samples nothing has only a rounding error: a vertical line."""
+    """One line per method through its budgets; what has no budget errs by rounding alone: a vertical line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 5), dpi=150, layout="constrained")
@@ -35,9 +35,13 @@ def draw(document: dict[str, Any], path: str) -> None:
     sampled = [row for row in document["rows"] if row["budget"] and row["error"]]
     for method in dict.fromkeys(row["method"] for row in sampled):
         rows = sorted((row for row in sampled if row["method"] == method), key=lambda row: row["time_ms"])
-        axes.plot([row["time_ms"] for row in rows], [row["error"] for row in rows], "o-", label=method)
+        # errors against another target than softmax attention do not compare with the others: broken lines
+        own = rows[0]["softmax_error"] is None
+        label = f"{method} (against {rows[0]['estimates']})" if own else method
+        axes.plot([row["time_ms"] for row in rows], [row["error"] for row in rows], "s:" if own else "o-", label=label)
         for row in rows:
-            axes.annotate(row["budget"], (row["time_ms"], row["error"]), xytext=(5, 5), textcoords="offset points")
+            axes.annotate(row["budget"], (row["time_ms"], row["error"]), xytext=(5, 5), textcoords="offset points",
+                          fontsize="small")  # fmt: skip
     dense = [row for row in document["rows"] if not row["budget"]]
     for i, row in enumerate(dense):
         axes.axvline(row["time_ms"], linestyle=("--", ":", "-.")[i % 3], color="0.4", label=row["label"])
@@ -47,7 +51,7 @@ def draw(document: dict[str, Any], path: str) -> None:
                    f"{threads} thread{'s' * (threads > 1)}", fontsize="medium")  # fmt: skip
     axes.margins(x=0.15, y=0.1)
     axes.grid(which="both", alpha=0.25)
-    axes.legend()
+    axes.legend(fontsize="small")
     try:
         figure.savefig(path)
     except OSError as error:
