@@ -43,3 +43,22 @@ def yoso_flops(shape: Shape, hashes: int, bits: int, backward: bool = False, sam
 def yoso_table_bytes(shape: Shape, hashes: int) -> int:
     """Traffic of the tables, in a cache if they fit: read, written and read again per (token, hash, column)."""
     return 3 * shape.tokens * hashes * shape.dim * 4
+
+
+def rfa_flops(shape: Shape, features: int, causal: bool = False, chunk: int = 64) -> int:
+    """Features of both sides, the sums over keys and what queries read of them; causal: and the pairs of each chunk."""
+    products = 4 * 2 * shape.tokens * features * shape.dim
+    pairs = 2 * shape.tokens * chunk * (features + shape.dim) // 2
+    return products + causal * pairs
+
+
+def lara_flops(shape: Shape, landmarks: int) -> int:
+    """Two products to probe the keys, two to read, one for the weights alpha and one for their normalisers."""
+    return 6 * 2 * shape.tokens * landmarks * shape.dim
+
+
+def eva_flops(shape: Shape, window: int, chunk: int, causal: bool = False) -> int:
+    """The block and the chunks, for scores and for values, and beta."""
+    chunks = shape.seq // chunk
+    seen = (window + chunks) / (2 if causal else 1)
+    return int(2 * 2 * shape.tokens * shape.dim * (seen + 1))

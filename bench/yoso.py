@@ -2,43 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-
 import subquad
-from bench import cases, machine
-from bench.timing import Pair, paired, refuse_if_loaded
-
-
-class Bench:
-    """The lines of one run: printed as a table row each, collected for --json, compared with their targets."""
-
-    def __init__(self, budget: float):
-        import torch
-
-        self.torch = torch
-        self.budget = budget
-        self.lines: list[dict] = []
-
-    def inputs(self, shape: cases.Shape, dtype: str = "float32", grad: bool = False):
-        generator = self.torch.Generator().manual_seed(0)
-        size = (shape.batch, shape.heads, shape.seq, shape.dim)
-        make = lambda: self.torch.randn(size, generator=generator).to(getattr(self.torch, dtype))  # noqa: E731
-        return [make().requires_grad_(grad) for _ in range(3)]
-
-    def sdpa(self, q, k, v):
-        return self.torch.nn.functional.scaled_dot_product_attention(q, k, v)
-
-    def report(
-        self, name: str, value: float, target: float | None, unit: str = "x", below: bool = False, **more
-    ) -> None:
-        met = None if target is None else bool(value <= target if below else value >= target)
-        self.lines.append({"name": name, "value": value, "unit": unit, "target": target, "met": met} | more)
-        goal = "" if target is None else f"{'<=' if below else '>='} {target:g} {'met' if met else 'MISSED'}"
-        detail = "  ".join(
-            f"{key} {number:.3g}" if isinstance(number, float) else f"{key} {number}" for key, number in more.items()
-        )
-        print(f"{name:44} {value:8.2f}{unit:2} {goal:16} {detail}", flush=True)
+from bench import cases, report
+from bench.report import Bench
+from bench.timing import paired
 
 
 def error_of(bench: Bench, shape: cases.Shape, hashes: int, bits: int) -> float:
@@ -66,21 +33,7 @@ def check_unbiased(bench: Bench) -> None:
         )
 
 
-def rates(pair: Pair, flops: int, moved: int, threads: int) -> dict:
-    seconds = pair.ours.median
-    peak, copy = machine.fma_peak(threads), machine.copy_bandwidth(threads)
-    return {
-        "ms": seconds * 1e3,
-        "iqr_ms": pair.ours.iqr * 1e3,
-        "sdpa_ms": pair.theirs.median * 1e3,
-        "GFLOP/s": flops / seconds / 1e9,
-        "of_peak": flops / seconds / peak if peak else float("nan"),
-        "GB/s": moved / seconds / 1e9,
-        "of_copy": moved / seconds / copy,
-    }
-
-
-def forward(bench: Bench, threads: int) -> None:
+def forward(bench: Bench) -> None:
     targets = {(16, 8): {256: 1.0, 512: 4.0, 4096: 25.0}, (32, 9): {4096: 12.0}}
     for (hashes, bits), wanted in targets.items():
         for seq in (128, 256, 512, 1024, 2048, 4096):
@@ -91,7 +44,7 @@ def forward(bench: Bench, threads: int) -> None:
                 lambda: bench.sdpa(q, k, v),
                 bench.budget,
             )
-            more = rates(pair, cases.yoso_flops(shape, hashes, bits), cases.attention_bytes(shape), threads)
+            more = bench.rates(pair, cases.yoso_flops(shape, hashes, bits), cases.attention_bytes(shape))
             if seq <= 4096:
                 more["error"] = error_of(bench, shape, hashes, bits)
             bench.report(f"forward ({hashes}, {bits}) N={seq}", pair.ratio.median, wanted.get(seq), **more)
@@ -118,14 +71,14 @@ def growth(bench: Bench, backward: bool) -> None:
     )
 
 
-def expectation(bench: Bench, threads: int) -> None:
+def expectation(bench: Bench) -> None:
     for seq in (512, 4096):
         shape = cases.Shape(seq=seq)
         q, k, v = bench.inputs(shape)
         pair = paired(
             lambda: subquad.yoso_attention(q, k, v, expectation=True), lambda: bench.sdpa(q, k, v), bench.budget
         )
-        more = rates(pair, cases.exact_flops(shape), cases.attention_bytes(shape), threads)
+        more = bench.rates(pair, cases.exact_flops(shape), cases.attention_bytes(shape))
         bench.report(
             f"expectation (8) N={seq}: time / SDPA's",
             1 / pair.ratio.median,
@@ -135,16 +88,12 @@ def expectation(bench: Bench, threads: int) -> None:
         )
 
 
-def training(bench: Bench, threads: int) -> None:
+def training(bench: Bench) -> None:
     from subquad import torch as sqt
 
     for seq in (512, 4096):
         shape = cases.Shape(seq=seq)
         q, k, v = bench.inputs(shape, grad=True)
-
-        def step(attention, q=q, k=k, v=v):
-            q.grad = k.grad = v.grad = None
-            attention(q, k, v).backward(v.detach())
 
         for name, keywords, target in (
             ("sampled", dict(num_hashes=16, hash_bits=8), 8.0),
@@ -152,12 +101,12 @@ def training(bench: Bench, threads: int) -> None:
             ("expectation", dict(expectation=True), None),
         ):
             pair = paired(
-                lambda k_=keywords: step(lambda q, k, v: sqt.yoso_attention(q, k, v, **k_)),
-                lambda: step(bench.sdpa),
+                lambda k_=keywords: bench.step(lambda q, k, v: sqt.yoso_attention(q, k, v, **k_), q, k, v),
+                lambda: bench.step(bench.sdpa, q, k, v),
                 bench.budget,
             )
             flops = cases.exact_flops(shape, True) if name == "expectation" else cases.yoso_flops(shape, 16, 8, True)
-            more = rates(pair, flops, 2 * cases.attention_bytes(shape), threads)
+            more = bench.rates(pair, flops, 2 * cases.attention_bytes(shape))
             bench.report(
                 f"forward + backward {name} N={seq}", pair.ratio.median, target if seq == 4096 else None, **more
             )
@@ -199,49 +148,18 @@ def break_even(bench: Bench) -> None:
     bench.report("break-even N of forward (16, 8)", last_behind + 32, 256, unit="", below=True)
 
 
+def both_growths(bench: Bench) -> None:
+    growth(bench, False)
+    growth(bench, True)
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench yoso", description=__doc__)
-    parser.add_argument("--json", metavar="FILE", help="also write the lines as JSON, one object a line")
-    parser.add_argument("--threads", type=int, default=2, help="threads for both sides (2)")
-    parser.add_argument("--budget", type=float, default=2.0, help="seconds per comparison (2)")
-    parser.add_argument("--only", choices=["forward", "growth", "expectation", "training", "dtypes", "break_even"])
-    parser.add_argument("--force", action="store_true", help="measure even if the machine is busy")
-    args = parser.parse_args(argv)
-    if not args.force:
-        refuse_if_loaded()
-    bench = Bench(args.budget)
-    bench.torch.set_num_threads(args.threads)
-    bench.torch.manual_seed(0)
-    print(
-        f"{machine.name()}, {subquad.cpu.isa()}, {subquad.cpu.num_threads()} threads, torch {bench.torch.__version__}, "
-        f"commit {machine.commit()}"
-    )
-    print(
-        f"copy {machine.copy_bandwidth(args.threads) / 1e9:.1f} GB/s, "
-        f"FMA {machine.fma_peak(args.threads) / 1e9:.0f} GFLOP/s; "
-        "float32, B=1, H=8, D=64, pairs with SDPA, medians"
-    )
-    check_unbiased(bench)
     parts = {
-        "forward": lambda: forward(bench, args.threads),
-        "growth": lambda: (growth(bench, False), growth(bench, True)),
-        "expectation": lambda: expectation(bench, args.threads),
-        "training": lambda: training(bench, args.threads),
-        "dtypes": lambda: dtypes(bench),
-        "break_even": lambda: break_even(bench),
+        "forward": forward,
+        "growth": both_growths,
+        "expectation": expectation,
+        "training": training,
+        "dtypes": dtypes,
+        "break_even": break_even,
     }
-    for name, part in parts.items():
-        if args.only in (None, name):
-            part()
-    if args.json:
-        with open(args.json, "w") as file:
-            for line in bench.lines:
-                file.write(
-                    json.dumps(line | {"machine": machine.name(), "isa": subquad.cpu.isa()}, default=float) + "\n"
-                )
-    missed = [line["name"] for line in bench.lines if line["met"] is False]
-    print(
-        f"{sum(line['met'] is True for line in bench.lines)} targets met, {len(missed)} missed"
-        + "".join(f"\n  {m}" for m in missed)
-    )
-    return 0
+    return report.run("yoso", __doc__ or "", argv, parts, check_unbiased)

@@ -47,6 +47,12 @@ def make_jax(x, dtype):
 
 # How to call each attention: q, k, v and keywords to a result.
 ATTENTIONS = {
+    "softmax_attention": subquad.softmax_attention,
+    "linear_attention": subquad.linear_attention,
+    "rfa_attention (positive)": lambda q, k, v, **kw: subquad.rfa_attention(q, k, v, num_features=16, **kw),
+    "randomized_attention": subquad.randomized_attention,
+    "lara_attention": lambda q, k, v, **kw: subquad.lara_attention(q, k, v, num_landmarks=2, **kw),
+    "eva_attention": lambda q, k, v, **kw: subquad.eva_attention(q, k, v, window=2, chunk_size=2, **kw),
     "yoso_attention": lambda q, k, v, **kw: subquad.yoso_attention(q, k, v, num_hashes=2, hash_bits=3, **kw),
     "yoso_attention (expectation)": lambda q, k, v, **kw: subquad.yoso_attention(
         q, k, v, hash_bits=3, expectation=True, **kw
