@@ -1,38 +1,20 @@
 #include "core/parallel.h"
-#include "cpu/softmax_tile.h"
+#include "cpu/softmax_rows.h"
 #include "cpu/table.h"
-#include "cpu/unit_row.h"
 
-// A task owns a block of queries and visits the keys they see, sweep by sweep and tile by tile. Of a row it keeps
-//
-//   total = sum_m w_m,   sum = sum_m w_m v_m,   w_m = e^{x_m - base} 2^-power
-//
-// with weights of at most 1. The power follows the largest logit so far, in steps that are rare and cost no rounding.
-// The base is 0 unless a logit lies beyond kReach; then it is that logit. What a row does not see weighs 0, which
-// leaves the other terms of its sums as they are: the bits of a row do not depend on the rows it is grouped with.
+// A task owns a block of queries and visits the keys they see, sweep by sweep and tile by tile. What it keeps of a
+// row is described in softmax_rows.h.
 
 namespace subquad::cpu::SUBQUAD_ISA {
 namespace {
 
 using Args = SoftmaxAttentionArgs;
 
-// Distance of a logit from its base that exp_shifted can tell exactly.
-constexpr float kReach = 16000.0f;
-// A step of the power leaves room for logits to grow by e^8 before the next one.
-constexpr int kRoom = 12;
-
 struct Scratch {
-  float* queries;                  // transposed panels of the block, times the scale
-  float *keys, *values;            // of the tile: transposed panels, and rows cut into panels
-  float* scores;                   // [kTileRows, kTileColumns]
-  float* sums;                     // [block, padded dim_v]
-  float* totals;                   // [block, kLanes]
-  float *bases, *powers, *limits;  // [block]; no logit so far is above the limit, and before the first that is -inf
-  Interval* seen;                  // [block], keys of the sweep
-};
-
-struct Block {
-  int64_t batch, head, head_kv, first, rows;
+  float* queries;        // transposed panels of the block, times the scale
+  float *keys, *values;  // of the tile: transposed panels, and rows cut into panels
+  float* scores;         // [kTileRows, kTileColumns]
+  RunningRows rows;
 };
 
 int64_t depth_of(const Args& a) { return round_up(a.dim_qk, kLanes); }
@@ -44,30 +26,8 @@ Scratch lay_out(Arena& arena, const Args& a, int64_t block) {
   s.keys = take<float>(arena, kTileColumns * depth);
   s.values = take<float>(arena, wanted * kTileColumns * round_up(a.dim_v, kPanel));
   s.scores = take<float>(arena, kTileRows * kTileColumns);
-  s.sums = take<float>(arena, wanted * block * padded(a.dim_v));
-  s.totals = take<float>(arena, block * kLanes);
-  s.bases = take<float>(arena, block);
-  s.powers = take<float>(arena, block);
-  s.limits = take<float>(arena, block);
-  s.seen = take<Interval>(arena, block);
+  s.rows = take_running_rows(arena, a, block, false);
   return s;
-}
-
-/// Makes room for the logit `top`, the largest of row r and above its limit.
-void raise_limit(const Args& a, const Scratch& s, int64_t r, float top) {
-  const bool is_first = s.limits[r] == -kInfinity;
-  float base = s.bases[r], distance = top - base;
-  if (!(distance >= -kReach && distance <= kReach)) base = top, distance = 0;
-  const float power = float(int32_t(distance * kLog2E) + 1 + kRoom);
-  if (!is_first) {
-    const F32 factor = exp_shifted(set(s.bases[r] - base), set(power - s.powers[r]));
-    store(s.totals + r * kLanes, load(s.totals + r * kLanes) * factor);
-    for (int64_t c = 0; a.out.data && c < a.dim_v; c += kLanes) {
-      float* sum = s.sums + r * padded(a.dim_v) + c;
-      store(sum, load(sum) * factor);
-    }
-  }
-  s.bases[r] = base, s.powers[r] = power, s.limits[r] = base + power * float(kLn2);
 }
 
 /// Raises the limits that a logit of the tile exceeds and subtracts the bases.
@@ -77,16 +37,16 @@ void take_limits(const Args& a, const Scratch& s, int64_t r, Interval columns) {
   for (int i = 0; i < kTileRows; ++i) {
     F32 top = set(-kInfinity);
     for (int64_t j = columns.lo; j < columns.hi; j += kLanes) top = max(load(s.scores + i * kTileColumns + j), top);
-    above |= top > set(s.limits[r + i]);
-    has_base |= s.bases[r + i] != 0.0f;
+    above |= top > set(s.rows.limits[r + i]);
+    has_base |= s.rows.bases[r + i] != 0.0f;
   }
   if (!any(above) && !has_base) return;
   for (int i = 0; i < kTileRows; ++i) {
     float* row = s.scores + i * kTileColumns;
     F32 top = set(-kInfinity);
     for (int64_t j = columns.lo; j < columns.hi; j += kLanes) top = max(load(row + j), top);
-    if (const float largest = reduce_max(top); largest > s.limits[r + i]) raise_limit(a, s, r + i, largest);
-    const F32 base = set(s.bases[r + i]);
+    if (const float largest = reduce_max(top); largest > s.rows.limits[r + i]) raise_limit(a, s.rows, r + i, largest);
+    const F32 base = set(s.rows.bases[r + i]);
     for (int64_t j = columns.lo; j < columns.hi; j += kLanes) store(row + j, load(row + j) - base);
   }
 }
@@ -105,8 +65,8 @@ inline void weigh(float* row, F32 power, F32& total) {
 void to_weights(const Scratch& s, int64_t r, Interval columns) {
   constexpr int kUnit = 4;
   for (int i = 0; i < kTileRows; ++i) {
-    float *row = s.scores + i * kTileColumns, *to = s.totals + (r + i) * kLanes;
-    const F32 power = set(s.powers[r + i]);
+    float *row = s.scores + i * kTileColumns, *to = s.rows.totals + (r + i) * kLanes;
+    const F32 power = set(s.rows.powers[r + i]);
     F32 total = load(to);
     int64_t j = columns.lo;
     for (; j + kUnit * kLanes <= columns.hi; j += kUnit * kLanes) weigh<kUnit>(row + j, power, total);
@@ -119,7 +79,7 @@ void to_weights(const Scratch& s, int64_t r, Interval columns) {
 /// see them all they are left out, row by row; the terms and their order are the same.
 void add_values(const Args& a, const Scratch& s, int64_t r, const Seen& seen, bool all_finite) {
   const int64_t width = padded(a.dim_v), lo = seen.all.lo;
-  float* sums = s.sums + r * width;
+  float* sums = s.rows.sums + r * width;
   if (all_finite || seen.is_whole) {
     add_weighted_rows(s.scores + lo, s.values + lo * kPanel, smaller(seen.all.hi, seen.row[kTileRows - 1].hi) - lo,
                       sums, width, a.dim_v);
@@ -135,20 +95,12 @@ void add_values(const Args& a, const Scratch& s, int64_t r, const Seen& seen, bo
 /// kTileRows rows of the block, from its row r on, against the packed tile.
 void visit_rows(const Args& a, const SoftmaxSweep& sweep, const Block& block, int64_t r, const KeyTile& tile,
                 bool all_finite, const Scratch& s) {
-  const Seen seen = seen_in_tile(s.seen + r, tile);
+  const Seen seen = seen_in_tile(s.rows.seen + r, tile);
   if (seen.all.lo >= seen.all.hi) return;
   const int64_t depth = depth_of(a), panel = r / kPanel * kPanel, lane = r % kPanel;
   product_of_panels(s.queries + panel * depth + lane, s.keys + seen.all.lo * depth, a.dim_qk, depth,
                     s.scores + seen.all.lo, seen.all.hi - seen.all.lo);
-  if (const Operand& b = sweep.pair_bias; b.data) {
-    const float* base = static_cast<const float*>(b.data) + block.batch * b.stride[0] + block.head * b.stride[1];
-    const float* pair_bias[kTileRows];
-    for (int i = 0; i < kTileRows; ++i)
-      pair_bias[i] = base + (block.first + smaller(r + i, block.rows - 1)) * b.stride[2] + tile.first;
-    finish_logits(tile, seen, pair_bias, s.scores);
-  } else if (tile.has_bias || tile.has_gaps || !seen.is_whole) {
-    finish_logits(tile, seen, nullptr, s.scores);
-  }
+  to_logits(sweep, block, r, tile, seen, s.scores);
   take_limits(a, s, r, seen.all);
   to_weights(s, r, seen.all);
   if (a.out.data) add_values(a, s, r, seen, all_finite);
@@ -167,7 +119,7 @@ void visit_tile(const Args& a, const SoftmaxSweep& sweep, const Block& block, In
   const bool* keep = mask_of(a.query_mask, block.batch);
   // Each group of rows asks for its share of the next tile.
   const int64_t groups = (rows.hi - rows.lo) / kTileRows, share = (kTileColumns + groups - 1) / groups;
-  const int64_t end = smaller(first + 2 * kTileColumns, s.seen[rows.hi - 1].hi);
+  const int64_t end = smaller(first + 2 * kTileColumns, s.rows.seen[rows.hi - 1].hi);
   int64_t next = first + kTileColumns;
   for (int64_t r = rows.lo; r < rows.hi; r += kTileRows) {
     for (const int64_t stop = smaller(end, next + share); next < stop; ++next) {
@@ -179,21 +131,6 @@ void visit_tile(const Args& a, const SoftmaxSweep& sweep, const Block& block, In
   }
 }
 
-/// The tiles of a sweep that some row of the block sees. Intervals grow with the row, and so do the rows of a tile.
-void visit_sweep(const Args& a, const SoftmaxSweep& sweep, const Block& block, const Scratch& s) {
-  const int64_t rows = round_up(block.rows, kTileRows);
-  for (int64_t r = 0; r < rows; ++r)
-    s.seen[r] = keys_seen(sweep.rule, block.first + smaller(r, block.rows - 1), sweep.seq_k);
-  Interval seeing = {0, 0};
-  const int64_t begin = s.seen[0].lo / kTileColumns * kTileColumns, end = s.seen[rows - 1].hi;
-  for (int64_t first = begin; first < end; first += kTileColumns) {
-    while (s.seen[seeing.lo + kTileRows - 1].hi <= first) seeing.lo += kTileRows;
-    seeing.hi = larger(seeing.lo, seeing.hi);
-    while (seeing.hi < rows && s.seen[seeing.hi].lo < smaller(end, first + kTileColumns)) seeing.hi += kTileRows;
-    if (seeing.lo < seeing.hi) visit_tile(a, sweep, block, seeing, first, s);
-  }
-}
-
 void pack_queries(const Args& a, const Block& block, const Scratch& s) {
   const bool* keep = mask_of(a.query_mask, block.batch);
   pack_transposed(a.q, block.batch, block.head, block.first, block.rows, keep ? keep + block.first : nullptr, a.dim_qk,
@@ -201,39 +138,18 @@ void pack_queries(const Args& a, const Block& block, const Scratch& s) {
   scale_row(s.queries, round_up(block.rows, kPanel) * depth_of(a), a.scale);
 }
 
-/// Writes out and lse.
-void finish_rows(const Args& a, const Block& block, const Scratch& s) {
-  const bool* keep = mask_of(a.query_mask, block.batch);
-  for (int64_t r = 0; r < block.rows; ++r) {
-    const int64_t row = block.first + r, width = padded(a.dim_v);
-    const bool kept = !keep || keep[row];
-    const float total = kept ? reduce_add(load(s.totals + r * kLanes)) : 0.0f;
-    if (a.out.data) {
-      float* sum = s.sums + r * width;
-      if (total == 0.0f)
-        memset(sum, 0, size_t(width) * sizeof(float));
-      else
-        divide_row(sum, width, total);
-      store_row(a.out, block.batch, block.head, row, sum, a.dim_v);
-    }
-    if (a.lse.data) {
-      float* lse = static_cast<float*>(a.lse.data) + block.batch * a.lse.stride[0] + block.head * a.lse.stride[1];
-      lse[row * a.lse.stride[2]] = total == 0.0f ? -kInfinity : log_length({total, int(s.powers[r])}) + s.bases[r];
-    }
-  }
-}
-
 void run_block(const Args& a, const Block& block, const Scratch& s) {
-  const int64_t rows = round_up(block.rows, kTileRows);
-  if (a.out.data) memset(s.sums, 0, size_t(rows * padded(a.dim_v)) * sizeof(float));
-  memset(s.totals, 0, size_t(rows * kLanes) * sizeof(float));
-  for (int64_t r = 0; r < rows; ++r) s.bases[r] = 0, s.powers[r] = 0, s.limits[r] = -kInfinity;
+  clear_rows(a, round_up(block.rows, kTileRows), s.rows);
   if (any_kept(mask_of(a.query_mask, block.batch), block.first, block.rows)) {
     pack_queries(a, block, s);
-    for (int i = 0; i < a.num_sweeps; ++i)
-      if (a.sweeps[i].seq_k > 0) visit_sweep(a, a.sweeps[i], block, s);
+    for (int i = 0; i < a.num_sweeps; ++i) {
+      const SoftmaxSweep& sweep = a.sweeps[i];
+      if (sweep.seq_k == 0) continue;
+      for_each_tile<kTileRows>(sweep, block, s.rows.seen,
+                               [&](Interval rows, int64_t first) { visit_tile(a, sweep, block, rows, first, s); });
+    }
   }
-  finish_rows(a, block, s);
+  finish_rows(a, block, s.rows);
 }
 
 // The rows of a task share the packing of the keys. The results do not depend on their number.

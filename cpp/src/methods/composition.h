@@ -1,4 +1,5 @@
-/// What the methods share: scratch arrays, operators that run behind them, and the checks of q, k and v.
+/// What the methods share: q, k and v with the checks of everything that has their shapes, scratch arrays, and operators
+/// that run behind them.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -18,10 +19,30 @@ class Composition {
   int64_t bytes() const { return with_alignment(arena_) + nested_; }
 
  protected:
-  Composition(const char* op, const Queue& queue, const Workspace* workspace)
-      : op_(op), queue_(queue), run_(workspace != nullptr) {
+  /// Arrays that the results must not overlap.
+  using Inputs = std::initializer_list<const ConstTensor*>;
+
+  /// A gradient, and the array that it belongs to.
+  struct Gradient {
+    const char* name;
+    const Tensor& array;
+    const ConstTensor& like;
+  };
+
+  Composition(const char* op, const Queue& queue, ConstTensor q, ConstTensor k, ConstTensor v,
+              const Workspace* workspace)
+      : op_(op), queue_(queue), q_(q), k_(k), v_(v), run_(workspace != nullptr) {
+    check_qkv();
     arena_ = run_ ? arena_at(workspace->data) : Arena{reinterpret_cast<char*>(uintptr_t(1) << 12), 0};
   }
+
+  int64_t batch() const { return q_.shape[0]; }
+  int64_t heads() const { return q_.shape[1]; }
+  int64_t heads_kv() const { return k_.shape[1]; }
+  int64_t seq_q() const { return q_.shape[2]; }
+  int64_t seq_k() const { return k_.shape[2]; }
+  int64_t dim() const { return q_.shape[3]; }
+  int64_t dim_v() const { return v_.shape[3]; }
 
   template <class T>
   Tensor scratch(std::initializer_list<int64_t> shape) {
@@ -45,42 +66,78 @@ class Composition {
     if (run_) named(run);
   }
 
-  /// Checks q [B, H, N, D], k [B, Hkv, M, D] and v [B, Hkv, M, E] of one dtype.
-  void check_qkv(const ConstTensor& q, const ConstTensor& k, const ConstTensor& v) const {
-    using core::kAny;
-    const auto floats = {DType::f32, DType::f16, DType::bf16};
-    core::check_array(op_, "q", queue_, q, {{"B", kAny}, {"H", kAny}, {"N", kAny}, {"D", kAny}}, floats);
-    core::check_array(op_, "k", queue_, k, {{"B", q.shape[0]}, {"Hkv", kAny}, {"M", kAny}, {"D", q.shape[3]}},
-                      {q.dtype});
-    core::check_array(op_, "v", queue_, v, {{"B", q.shape[0]}, {"Hkv", k.shape[1]}, {"M", k.shape[2]}, {"E", kAny}},
-                      {q.dtype});
-    core::check_groups(op_, "k", q.shape[1], k.shape[1]);
-    if (q.shape[3] == 0) core::invalid(op_, "q", "a head dimension of at least 1", "0");
-    if (v.shape[3] == 0) core::invalid(op_, "v", "a head dimension of at least 1", "0");
-  }
-
   /// Checks a mask [B, tokens] if it is given.
-  void check_mask(const char* name, const ConstTensor& mask, int64_t batch, const char* letter, int64_t tokens) const {
-    if (mask.defined()) core::check_array(op_, name, queue_, mask, {{"B", batch}, {letter, tokens}}, {DType::boolean});
+  void check_mask(const char* name, const ConstTensor& mask, const char* letter, int64_t tokens) const {
+    if (mask.defined())
+      core::check_array(op_, name, queue_, mask, {{"B", batch()}, {letter, tokens}}, {DType::boolean});
   }
 
-  /// Checks an array [B, H, N, D] of the given letters, extents taken from `like`.
-  void check_like(const char* name, const ConstTensor& t, const ConstTensor& like,
-                  const char* const (&letters)[4]) const {
-    core::check_array(op_, name, queue_, t,
-                      {{letters[0], like.shape[0]},
-                       {letters[1], like.shape[1]},
-                       {letters[2], like.shape[2]},
-                       {letters[3], like.shape[3]}},
-                      {like.dtype});
+  /// Checks an array like the result, [B, H, N, E].
+  void check_rows(const char* name, const ConstTensor& t) const {
+    core::check_array(op_, name, queue_, t, {{"B", batch()}, {"H", heads()}, {"N", seq_q()}, {"E", dim_v()}},
+                      {q_.dtype});
+  }
+
+  /// Checks a log-sum-exp [B, H, N].
+  void check_lse(const ConstTensor& lse) const {
+    core::check_array(op_, "lse", queue_, lse, {{"B", batch()}, {"H", heads()}, {"N", seq_q()}}, {DType::f32});
+  }
+
+  /// Checks the results of a forward pass; lse may be missing.
+  void check_results(const Tensor& out, const Tensor& lse, Inputs inputs) const {
+    check_rows("out", out);
+    if (lse.defined()) check_lse(lse);
+    check_apart("out", out, inputs);
+    check_apart("lse", lse, inputs);
+    core::check_output(op_, "out", out, {&lse});
+  }
+
+  /// Checks the arrays of a backward pass; out and lse may be missing, and gradients of arrays that are not there are.
+  void check_gradients(const ConstTensor& dout, const ConstTensor& out, const ConstTensor& lse,
+                       std::initializer_list<Gradient> gradients, Inputs inputs) const {
+    check_rows("dout", dout);
+    if (out.defined()) check_rows("out", out);
+    if (lse.defined()) check_lse(lse);
+    for (const Gradient& g : gradients) {
+      if (!g.like.defined() && !g.array.defined()) continue;
+      if (!g.like.defined()) core::invalid(op_, g.name, "none without the array that it belongs to", "an array");
+      core::check_array(
+          op_, g.name, queue_, g.array,
+          {{"B", g.like.shape[0]}, {"H", g.like.shape[1]}, {"N", g.like.shape[2]}, {"D", g.like.shape[3]}},
+          {g.like.dtype});
+      check_apart(g.name, g.array, inputs);
+      core::check_output(op_, g.name, g.array, {&dout, &out, &lse});
+      for (const Gradient* other = gradients.begin(); other != &g; ++other)
+        core::check_output(op_, g.name, g.array, {&other->array});
+    }
   }
 
   const char* op_;
   Queue queue_;
+  ConstTensor q_, k_, v_;
   bool run_;
   Arena arena_ = {};
 
  private:
+  /// Checks q [B, H, N, D], k [B, Hkv, M, D] and v [B, Hkv, M, E] of one dtype.
+  void check_qkv() const {
+    using core::kAny;
+    const auto floats = {DType::f32, DType::f16, DType::bf16};
+    core::check_array(op_, "q", queue_, q_, {{"B", kAny}, {"H", kAny}, {"N", kAny}, {"D", kAny}}, floats);
+    core::check_array(op_, "k", queue_, k_, {{"B", batch()}, {"Hkv", kAny}, {"M", kAny}, {"D", dim()}}, {q_.dtype});
+    core::check_array(op_, "v", queue_, v_, {{"B", batch()}, {"Hkv", heads_kv()}, {"M", seq_k()}, {"E", kAny}},
+                      {q_.dtype});
+    core::check_groups(op_, "k", heads(), heads_kv());
+    if (dim() == 0) core::invalid(op_, "q", "a head dimension of at least 1", "0");
+    if (dim_v() == 0) core::invalid(op_, "v", "a head dimension of at least 1", "0");
+  }
+
+  /// Checks that a result shares memory with none of the inputs.
+  void check_apart(const char* name, const Tensor& result, Inputs inputs) const {
+    core::check_output(op_, name, result, {&q_, &k_, &v_});
+    core::check_output(op_, name, result, inputs);
+  }
+
   /// Runs f; what an operator refuses there carries the name of this call, the only one that the user knows.
   template <class F>
   void named(F&& f) const {
@@ -97,6 +154,8 @@ class Composition {
 
   std::string renamed(const std::exception& error) const {
     const std::string text = error.what();
+    // What concerns the whole library is not this call's.
+    if (text.rfind("[cpu]", 0) == 0) return text;
     return "[" + std::string(op_) + text.substr(std::min(text.find(']'), text.size()));
   }
 

@@ -18,26 +18,22 @@ class Eva : public Composition {
  public:
   Eva(const char* op, const Queue& queue, ConstTensor q, ConstTensor k, ConstTensor v, const EvaOptions& options,
       const EvaChunks& past, const Workspace* workspace)
-      : Composition(op, queue, workspace), q_(q), k_(k), v_(v), o_(options), past_(past) {
+      : Composition(op, queue, q, k, v, workspace), o_(options), past_(past) {
     check();
-    like_out_ = q_;
-    like_out_.shape[3] = v_.shape[3];
   }
 
   void forward(Tensor out, Tensor lse, const EvaChunks& made) {
-    check_like("out", out, like_out_, {"B", "H", "N", "E"});
-    core::check_output(op_, "out", out, {&q_, &k_, &v_, &o_.key_mask, &o_.k_bar, &o_.mu, &o_.noise, &lse});
-    if (lse.defined()) {
-      check_lse(lse);
-      core::check_output(op_, "lse", lse, {&q_, &k_, &v_, &o_.key_mask, &o_.k_bar, &o_.mu, &o_.noise});
-    }
+    check_results(out, lse, {&o_.key_mask, &o_.k_bar, &o_.mu, &o_.noise});
     if (made.k_bar.defined()) check_chunks("chunks", made, num_chunks());
     condense(made);
     attend(out, lse);
   }
 
   void backward(ConstTensor dout, ConstTensor out, ConstTensor lse, const EvaGradients& g) {
-    check_backward(dout, out, lse, g);
+    check_gradients(
+        dout, out, lse,
+        {{"dq", g.dq, q_}, {"dk", g.dk, k_}, {"dv", g.dv, v_}, {"dk_bar", g.dk_bar, o_.k_bar}, {"dmu", g.dmu, o_.mu}},
+        {&o_.key_mask, &o_.k_bar, &o_.mu, &o_.noise});
     condense({});
     if (!out.defined() || !lse.defined()) {
       const Tensor own_out = scratch<float>({batch(), heads(), seq_q(), dim_v()});
@@ -66,19 +62,11 @@ class Eva : public Composition {
   }
 
  private:
-  int64_t batch() const { return q_.shape[0]; }
-  int64_t heads() const { return q_.shape[1]; }
-  int64_t heads_kv() const { return k_.shape[1]; }
-  int64_t seq_q() const { return q_.shape[2]; }
-  int64_t seq_k() const { return k_.shape[2]; }
-  int64_t dim() const { return q_.shape[3]; }
-  int64_t dim_v() const { return v_.shape[3]; }
   int64_t num_chunks() const { return seq_k() / o_.chunk_size + (seq_k() % o_.chunk_size > 0); }
   bool given() const { return given_; }
 
   void check() {
-    check_qkv(q_, k_, v_);
-    check_mask("key_mask", o_.key_mask, batch(), "M", seq_k());
+    check_mask("key_mask", o_.key_mask, "M", seq_k());
     scale_ = scale_of(op_, o_.scale, dim());
     core::check_range(op_, "window", o_.window, 1, int64_t(1) << 40);
     core::check_range(op_, "chunk_size", o_.chunk_size, 1, int64_t(1) << 40);
@@ -107,33 +95,6 @@ class Eva : public Composition {
                       {{"B", batch()}, {"Hkv", heads_kv()}, {"C", count}, {"E", dim_v()}}, {DType::f32});
     core::check_array(op_, (name + " log_mass").c_str(), queue_, chunks.log_mass, {{"B", batch()}, {"C", count}},
                       {DType::f32});
-  }
-
-  void check_lse(const ConstTensor& lse) const {
-    core::check_array(op_, "lse", queue_, lse, {{"B", batch()}, {"H", heads()}, {"N", seq_q()}}, {DType::f32});
-  }
-
-  void check_backward(const ConstTensor& dout, const ConstTensor& out, const ConstTensor& lse, const EvaGradients& g) {
-    check_like("dout", dout, like_out_, {"B", "H", "N", "E"});
-    if (out.defined()) check_like("out", out, like_out_, {"B", "H", "N", "E"});
-    if (lse.defined()) check_lse(lse);
-    check_like("dq", g.dq, q_, {"B", "H", "N", "D"});
-    check_like("dk", g.dk, k_, {"B", "Hkv", "M", "D"});
-    check_like("dv", g.dv, v_, {"B", "Hkv", "M", "E"});
-    if (given() != g.dk_bar.defined() || given() != g.dmu.defined())
-      core::invalid(op_, "dk_bar", "dk_bar and dmu exactly where landmarks are given", "others");
-    if (given()) {
-      check_like("dk_bar", g.dk_bar, o_.k_bar, {"B", "Hkv", "C", "D"});
-      check_like("dmu", g.dmu, o_.mu, {"B", "Hkv", "C", "D"});
-    }
-    const std::initializer_list<const ConstTensor*> others = {&q_,  &k_,       &v_,    &dout,     &out,
-                                                              &lse, &o_.k_bar, &o_.mu, &o_.noise, &o_.key_mask};
-    const Tensor* const results[] = {&g.dq, &g.dk, &g.dv, &g.dk_bar, &g.dmu};
-    const char* const names[] = {"dq", "dk", "dv", "dk_bar", "dmu"};
-    for (int i = 0; i < 5; ++i) {
-      core::check_output(op_, names[i], *results[i], others);
-      for (int j = 0; j < i; ++j) core::check_output(op_, names[i], *results[i], {results[j]});
-    }
   }
 
   Tensor like_keys(int64_t dim) { return scratch<float>({batch(), heads_kv(), seq_k(), dim}); }
@@ -271,7 +232,6 @@ class Eva : public Composition {
          [&](Workspace w) { segment_mean_bwd(queue_, drows, dk_block, options, g.dk, w); });
   }
 
-  ConstTensor q_, k_, v_, like_out_;
   EvaOptions o_;
   EvaChunks past_, chunks_;
   double scale_ = 0;

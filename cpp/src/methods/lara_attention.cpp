@@ -19,21 +19,12 @@ class Lara : public Composition {
  public:
   Lara(const char* op, const Queue& queue, ConstTensor q, ConstTensor k, ConstTensor v, const LaraOptions& options,
        const Workspace* workspace)
-      : Composition(op, queue, workspace), q_(q), k_(k), v_(v), o_(options) {
+      : Composition(op, queue, q, k, v, workspace), o_(options) {
     check();
-    like_out_ = q_;
-    like_out_.shape[3] = v_.shape[3];
   }
 
   void forward(Tensor out, Tensor lse) {
-    check_like("out", out, like_out_, {"B", "H", "N", "E"});
-    const std::initializer_list<const ConstTensor*> others = {
-        &q_, &k_, &v_, &o_.key_mask, &o_.query_mask, &o_.q_bar, &o_.k_bar, &o_.noise, &lse};
-    core::check_output(op_, "out", out, others);
-    if (lse.defined()) {
-      check_lse(lse);
-      core::check_output(op_, "lse", lse, {&q_, &k_, &v_, &o_.key_mask, &o_.query_mask, &o_.q_bar, &o_.k_bar});
-    }
+    check_results(out, lse, {&o_.key_mask, &o_.query_mask, &o_.q_bar, &o_.k_bar, &o_.noise});
     propose();
     probe();
     weigh();
@@ -43,7 +34,13 @@ class Lara : public Composition {
   }
 
   void backward(ConstTensor dout, ConstTensor out, ConstTensor lse, const LaraGradients& g) {
-    check_backward(dout, out, lse, g);
+    check_gradients(dout, out, lse,
+                    {{"dq", g.dq, q_},
+                     {"dk", g.dk, k_},
+                     {"dv", g.dv, v_},
+                     {"dq_bar", g.dq_bar, o_.q_bar},
+                     {"dk_bar", g.dk_bar, o_.k_bar}},
+                    {&o_.key_mask, &o_.query_mask, &o_.q_bar, &o_.k_bar, &o_.noise});
     propose();
     probe();
     weigh();
@@ -60,13 +57,6 @@ class Lara : public Composition {
   }
 
  private:
-  int64_t batch() const { return q_.shape[0]; }
-  int64_t heads() const { return q_.shape[1]; }
-  int64_t heads_kv() const { return k_.shape[1]; }
-  int64_t seq_q() const { return q_.shape[2]; }
-  int64_t seq_k() const { return k_.shape[2]; }
-  int64_t dim() const { return q_.shape[3]; }
-  int64_t dim_v() const { return v_.shape[3]; }
   int64_t landmarks() const { return o_.num_landmarks; }
   int64_t samples() const { return landmarks() * o_.samples_per_landmark; }
   bool given() const { return o_.q_bar.defined(); }
@@ -74,9 +64,8 @@ class Lara : public Composition {
   ConstTensor keys() const { return o_.mis == Mis::biased ? proposals_.keys : proposals_.w; }
 
   void check() {
-    check_qkv(q_, k_, v_);
-    check_mask("key_mask", o_.key_mask, batch(), "M", seq_k());
-    check_mask("query_mask", o_.query_mask, batch(), "N", seq_q());
+    check_mask("key_mask", o_.key_mask, "M", seq_k());
+    check_mask("query_mask", o_.query_mask, "N", seq_q());
     scale_ = scale_of(op_, o_.scale, dim());
     if (o_.noise_std == 0) o_.noise_std = 1 / std::sqrt(scale_);
     if (!(o_.noise_std > 0) || std::isinf(o_.noise_std))
@@ -131,33 +120,6 @@ class Lara : public Composition {
     if (o_.antithetic && o_.samples_per_landmark % 2)
       core::invalid(op_, "samples_per_landmark", "an even number with antithetic=True",
                     std::to_string(o_.samples_per_landmark));
-  }
-
-  void check_lse(const ConstTensor& lse) {
-    core::check_array(op_, "lse", queue_, lse, {{"B", batch()}, {"H", heads()}, {"N", seq_q()}}, {DType::f32});
-  }
-
-  void check_backward(const ConstTensor& dout, const ConstTensor& out, const ConstTensor& lse, const LaraGradients& g) {
-    check_like("dout", dout, like_out_, {"B", "H", "N", "E"});
-    if (out.defined()) check_like("out", out, like_out_, {"B", "H", "N", "E"});
-    if (lse.defined()) check_lse(lse);
-    check_like("dq", g.dq, q_, {"B", "H", "N", "D"});
-    check_like("dk", g.dk, k_, {"B", "Hkv", "M", "D"});
-    check_like("dv", g.dv, v_, {"B", "Hkv", "M", "E"});
-    if (given() != g.dq_bar.defined() || given() != g.dk_bar.defined())
-      core::invalid(op_, "dq_bar", "dq_bar and dk_bar exactly where landmarks are given", "others");
-    if (given()) {
-      check_like("dq_bar", g.dq_bar, o_.q_bar, {"B", "H", "C", "D"});
-      check_like("dk_bar", g.dk_bar, o_.k_bar, {"B", "Hkv", "C", "D"});
-    }
-    const std::initializer_list<const ConstTensor*> others = {
-        &q_, &k_, &v_, &dout, &out, &lse, &o_.key_mask, &o_.query_mask, &o_.q_bar, &o_.k_bar, &o_.noise};
-    const Tensor* const results[] = {&g.dq, &g.dk, &g.dv, &g.dq_bar, &g.dk_bar};
-    const char* const names[] = {"dq", "dk", "dv", "dq_bar", "dk_bar"};
-    for (int i = 0; i < 5; ++i) {
-      core::check_output(op_, names[i], *results[i], others);
-      for (int j = 0; j < i; ++j) core::check_output(op_, names[i], *results[i], {results[j]});
-    }
   }
 
   Tensor per_sample(int64_t dim) { return scratch<float>({batch(), heads(), samples(), dim}); }
@@ -351,7 +313,6 @@ class Lara : public Composition {
          [&](Workspace w) { softmax_attention_bwd(queue_, dout, dlse, q, k, v, options, out, lse, g, w); });
   }
 
-  ConstTensor q_, k_, v_, like_out_;
   LaraOptions o_;
   double scale_ = 0;
   bool own_landmarks_ = false;

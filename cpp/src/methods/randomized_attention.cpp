@@ -19,15 +19,12 @@ class Randomized : public Composition {
  public:
   Randomized(const char* op, const Queue& queue, ConstTensor q, ConstTensor k, ConstTensor v,
              const RandomizedOptions& options, const Workspace* workspace)
-      : Composition(op, queue, workspace), q_(q), k_(k), v_(v), o_(options) {
+      : Composition(op, queue, q, k, v, workspace), o_(options) {
     check();
-    like_out_ = q_;
-    like_out_.shape[3] = v_.shape[3];
   }
 
   void forward(Tensor out) {
-    check_like("out", out, like_out_, {"B", "H", "N", "E"});
-    core::check_output(op_, "out", out, {&q_, &k_, &v_, &o_.key_mask, &o_.indices, &o_.noise});
+    check_results(out, {}, {&o_.key_mask, &o_.indices, &o_.noise});
     propose();
     if (samples() == 1) return attend(0, out, {});
     const Tensor all = scratch<float>({batch(), heads() * samples(), seq_q(), dim_v()});
@@ -36,7 +33,8 @@ class Randomized : public Composition {
   }
 
   void backward(ConstTensor dout, Tensor dq, Tensor dk, Tensor dv) {
-    check_backward(dout, dq, dk, dv);
+    check_gradients(dout, {}, {}, {{"dq", dq, q_}, {"dk", dk, k_}, {"dv", dv, v_}},
+                    {&o_.key_mask, &o_.indices, &o_.noise});
     propose();
     const bool unbiased = o_.gradient == RandomizedGradient::unbiased;
     if (unbiased) take_baseline();
@@ -71,17 +69,10 @@ class Randomized : public Composition {
   }
 
  private:
-  int64_t batch() const { return q_.shape[0]; }
-  int64_t heads() const { return q_.shape[1]; }
-  int64_t heads_kv() const { return k_.shape[1]; }
-  int64_t seq_q() const { return q_.shape[2]; }
-  int64_t dim() const { return q_.shape[3]; }
-  int64_t dim_v() const { return v_.shape[3]; }
   int64_t samples() const { return o_.num_samples; }
 
   void check() {
-    check_qkv(q_, k_, v_);
-    check_mask("key_mask", o_.key_mask, batch(), "M", k_.shape[2]);
+    check_mask("key_mask", o_.key_mask, "M", seq_k());
     scale_ = scale_of(op_, o_.scale, dim());
     if (o_.noise_std == 0) o_.noise_std = 1 / std::sqrt(scale_);
     if (!(o_.noise_std > 0) || std::isinf(o_.noise_std))
@@ -102,20 +93,6 @@ class Randomized : public Composition {
     o_.num_samples = given;
     core::check_array(op_, "noise", queue_, o_.noise,
                       {{"B", batch()}, {"H", heads()}, {"S", given}, {"N", seq_q()}, {"D", dim()}}, {DType::f32});
-  }
-
-  void check_backward(const ConstTensor& dout, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
-    check_like("dout", dout, like_out_, {"B", "H", "N", "E"});
-    check_like("dq", dq, q_, {"B", "H", "N", "D"});
-    check_like("dk", dk, k_, {"B", "Hkv", "M", "D"});
-    check_like("dv", dv, v_, {"B", "Hkv", "M", "E"});
-    const std::initializer_list<const ConstTensor*> others = {&q_,          &k_,         &v_,      &dout,
-                                                              &o_.key_mask, &o_.indices, &o_.noise};
-    core::check_output(op_, "dq", dq, others);
-    core::check_output(op_, "dk", dk, others);
-    core::check_output(op_, "dv", dv, others);
-    core::check_output(op_, "dk", dk, {&dq});
-    core::check_output(op_, "dv", dv, {&dq, &dk});
   }
 
   Tensor like_keys(int64_t dim) { return scratch<float>({batch(), heads_kv(), k_.shape[2], dim}); }
@@ -220,7 +197,6 @@ class Randomized : public Composition {
          [&](Workspace w) { softmax_attention_bwd(queue_, dout, dlse, q, k_, v, options, out, lse, g, w); });
   }
 
-  ConstTensor q_, k_, v_, like_out_;
   RandomizedOptions o_;
   double scale_ = 0;
   Tensor w_;                                     // [B, H, S, N, D]

@@ -18,17 +18,13 @@ class Rfa : public Composition {
  public:
   Rfa(const char* op, const Queue& queue, ConstTensor q, ConstTensor k, ConstTensor v, const RfaOptions& options,
       const LinearAttentionState& state, const Workspace* workspace)
-      : Composition(op, queue, workspace), q_(q), k_(k), v_(v), o_(options), state_(state) {
+      : Composition(op, queue, q, k, v, workspace), o_(options), state_(state) {
     check();
   }
 
   void forward(Tensor out, Tensor lse, const LinearAttentionState& new_state) {
-    check_like("out", out, with_width(q_, v_), {"B", "H", "N", "E"});
-    core::check_output(op_, "out", out, {&q_, &k_, &v_, &o_.key_mask, &o_.projection, &o_.gate, &lse});
-    if (lse.defined()) {
-      check_lse(lse);
-      core::check_output(op_, "lse", lse, {&q_, &k_, &v_, &o_.key_mask, &o_.projection});
-    }
+    if (lse.defined()) expect_lse();
+    check_results(out, lse, {&o_.key_mask, &o_.projection, &o_.gate});
     if (new_state.s.defined() && !o_.is_causal) core::invalid(op_, "new_state", "is_causal=True", "False");
     take_projection();
     if (two_softmaxes()) {
@@ -42,7 +38,11 @@ class Rfa : public Composition {
   }
 
   void backward(ConstTensor dout, ConstTensor out, ConstTensor lse, const RfaGradients& g) {
-    check_backward(dout, out, lse, g);
+    if (lse.defined()) expect_lse();
+    check_gradients(dout, out, lse, {{"dq", g.dq, q_}, {"dk", g.dk, k_}, {"dv", g.dv, v_}},
+                    {&o_.key_mask, &o_.projection, &o_.gate, &g.dgate});
+    if (g.dgate.defined() && !o_.gate.defined()) core::invalid(op_, "dgate", "a gate with it", "none");
+    if (g.dprojection.defined()) check_dprojection(g);
     take_projection();
     if (two_softmaxes())
       backward_softmaxes(dout, out, lse, g);
@@ -51,27 +51,14 @@ class Rfa : public Composition {
   }
 
  private:
-  int64_t batch() const { return q_.shape[0]; }
-  int64_t heads() const { return q_.shape[1]; }
-  int64_t heads_kv() const { return k_.shape[1]; }
-  int64_t dim() const { return q_.shape[3]; }
-  int64_t dim_v() const { return v_.shape[3]; }
   int64_t width() const { return feature_dim(o_.features, o_.num_features, dim()); }
   bool drawn() const { return o_.features != Features::elu; }
   bool exponential() const { return o_.features == Features::positive || o_.features == Features::hyperbolic; }
   /// A gate weighs keys by where the query stands, a causal query sees a part of them: both need the running sums.
   bool two_softmaxes() const { return exponential() && !o_.is_causal; }
 
-  /// The shape of an array like q with the width of v.
-  static ConstTensor with_width(const ConstTensor& q, const ConstTensor& v) {
-    ConstTensor t = q;
-    t.shape[3] = v.shape[3];
-    return t;
-  }
-
   void check() {
-    check_qkv(q_, k_, v_);
-    check_mask("key_mask", o_.key_mask, batch(), "M", k_.shape[2]);
+    check_mask("key_mask", o_.key_mask, "M", seq_k());
     scale_ = scale_of(op_, o_.scale, dim());
     if (!drawn() && o_.scale != 0) core::invalid(op_, "scale", "none with features=\"elu\"", std::to_string(o_.scale));
     if (!drawn() && o_.num_features != RfaOptions().num_features)
@@ -104,34 +91,19 @@ class Rfa : public Composition {
     o_.num_features = rows;
   }
 
-  void check_lse(const ConstTensor& lse) {
+  void expect_lse() const {
     if (!two_softmaxes())
       core::invalid(op_, "lse", "positive or hyperbolic features that are not causal where it is given", "others");
-    core::check_array(op_, "lse", queue_, lse, {{"B", batch()}, {"H", heads()}, {"N", q_.shape[2]}}, {DType::f32});
   }
 
-  void check_backward(const ConstTensor& dout, const ConstTensor& out, const ConstTensor& lse, const RfaGradients& g) {
-    check_like("dout", dout, with_width(q_, v_), {"B", "H", "N", "E"});
-    if (out.defined()) check_like("out", out, with_width(q_, v_), {"B", "H", "N", "E"});
-    if (lse.defined()) check_lse(lse);
-    check_like("dq", g.dq, q_, {"B", "H", "N", "D"});
-    check_like("dk", g.dk, k_, {"B", "Hkv", "M", "D"});
-    check_like("dv", g.dv, v_, {"B", "Hkv", "M", "E"});
-    if (g.dgate.defined() && !o_.gate.defined()) core::invalid(op_, "dgate", "a gate with it", "none");
-    if (g.dprojection.defined()) {
-      if (!drawn()) core::invalid(op_, "dprojection", "none with features=\"elu\"", "an array");
-      dprojection_ = g.dprojection.rank == 2 ? with_axis(g.dprojection, 0) : g.dprojection;
-      const int64_t own = o_.projection.defined() ? o_.projection.shape[0] : heads_kv();
-      core::check_array(op_, "dprojection", queue_, dprojection_, {{"Hkv", own}, {"F", o_.num_features}, {"D", dim()}},
-                        {DType::f32});
-    }
-    const std::initializer_list<const ConstTensor*> others = {
-        &q_, &k_, &v_, &dout, &out, &lse, &o_.key_mask, &o_.projection, &o_.gate};
-    core::check_output(op_, "dq", g.dq, others);
-    core::check_output(op_, "dk", g.dk, others);
-    core::check_output(op_, "dv", g.dv, others);
-    core::check_output(op_, "dk", g.dk, {&g.dq});
-    core::check_output(op_, "dv", g.dv, {&g.dq, &g.dk});
+  void check_dprojection(const RfaGradients& g) {
+    if (!drawn()) core::invalid(op_, "dprojection", "none with features=\"elu\"", "an array");
+    dprojection_ = g.dprojection.rank == 2 ? with_axis(g.dprojection, 0) : g.dprojection;
+    const int64_t own = o_.projection.defined() ? o_.projection.shape[0] : heads_kv();
+    core::check_array(op_, "dprojection", queue_, dprojection_, {{"Hkv", own}, {"F", o_.num_features}, {"D", dim()}},
+                      {DType::f32});
+    core::check_output(op_, "dprojection", dprojection_,
+                       {&q_, &k_, &v_, &o_.projection, &g.dq, &g.dk, &g.dv, &g.dgate});
   }
 
   void take_projection() {
@@ -282,7 +254,6 @@ class Rfa : public Composition {
       step([&] { sum_arrays(queue_, {{with_axis(from_q, 0)}, {with_axis(from_k, 0)}}, with_axis(dprojection_, 0)); });
   }
 
-  ConstTensor q_, k_, v_;
   RfaOptions o_;
   LinearAttentionState state_;
   double scale_ = 0;

@@ -21,25 +21,22 @@ class Yoso : public Composition {
  public:
   Yoso(const char* op, const Queue& queue, ConstTensor q, ConstTensor k, ConstTensor v, const YosoOptions& options,
        Workspace* workspace)
-      : Composition(op, queue, workspace), q_(q), k_(k), v_(v), o_(options) {
+      : Composition(op, queue, q, k, v, workspace), o_(options) {
     check();
   }
 
   void forward(Tensor out, Tensor lse) {
-    core::check_array(op_, "out", queue_, out, {{"B", batch()}, {"H", heads()}, {"N", seq_q()}, {"E", dim_v()}},
-                      {q_.dtype});
-    core::check_output(op_, "out", out, {&q_, &k_, &v_, &o_.key_mask, &o_.query_mask, &o_.planes, &o_.signs, &lse});
-    if (lse.defined()) {
-      check_lse("lse", lse);
-      core::check_output(op_, "lse", lse, {&q_, &k_, &v_, &o_.key_mask, &o_.query_mask, &o_.planes, &o_.signs});
-      if (!o_.normalize) core::invalid(op_, "lse", "normalize=True where it is asked for", "normalize=False");
-    }
+    if (lse.defined() && !o_.normalize)
+      core::invalid(op_, "lse", "normalize=True where it is asked for", "normalize=False");
+    check_results(out, lse, {&o_.key_mask, &o_.query_mask, &o_.planes, &o_.signs});
     if (!o_.expectation) hash();
     attend_normalized(out, lse);
   }
 
   void backward(ConstTensor dout, ConstTensor out, ConstTensor lse, Tensor dq, Tensor dk, Tensor dv) {
-    check_backward(dout, out, lse, dq, dk, dv);
+    if (lse.defined() && !o_.normalize) core::invalid(op_, "lse", "none with normalize=False", "an array");
+    check_gradients(dout, out, lse, {{"dq", dq, q_}, {"dk", dk, k_}, {"dv", dv, v_}},
+                    {&o_.key_mask, &o_.query_mask, &o_.planes, &o_.signs});
     if (!o_.expectation) hash();
     if (o_.normalize) dout = pull_back(dout, out, lse);
     const YosoGradient gradient = rule();
@@ -52,18 +49,9 @@ class Yoso : public Composition {
   }
 
  private:
-  int64_t batch() const { return q_.shape[0]; }
-  int64_t heads() const { return q_.shape[1]; }
-  int64_t heads_kv() const { return k_.shape[1]; }
-  int64_t seq_q() const { return q_.shape[2]; }
-  int64_t seq_k() const { return k_.shape[2]; }
-  int64_t dim() const { return q_.shape[3]; }
-  int64_t dim_v() const { return v_.shape[3]; }
-
   void check() {
-    check_qkv(q_, k_, v_);
-    check_mask("key_mask", o_.key_mask, batch(), "M", seq_k());
-    check_mask("query_mask", o_.query_mask, batch(), "N", seq_q());
+    check_mask("key_mask", o_.key_mask, "M", seq_k());
+    check_mask("query_mask", o_.query_mask, "N", seq_q());
     check_hashing();
     core::check_range(op_, "num_hashes", o_.num_hashes, 1, 65536);
     core::check_range(op_, "hash_bits", o_.hash_bits, 1, 24);
@@ -116,34 +104,6 @@ class Yoso : public Composition {
     if (*value != fallback && *value != determined)
       core::invalid(op_, name, std::to_string(determined) + " as in planes", std::to_string(*value));
     *value = determined;
-  }
-
-  void check_lse(const char* name, const ConstTensor& lse) {
-    core::check_array(op_, name, queue_, lse, {{"B", batch()}, {"H", heads()}, {"N", seq_q()}}, {DType::f32});
-  }
-
-  void check_backward(const ConstTensor& dout, const ConstTensor& out, const ConstTensor& lse, const Tensor& dq,
-                      const Tensor& dk, const Tensor& dv) {
-    const auto like_out = {core::Axis{"B", batch()}, {"H", heads()}, {"N", seq_q()}, {"E", dim_v()}};
-    core::check_array(op_, "dout", queue_, dout, like_out, {q_.dtype});
-    if (out.defined()) core::check_array(op_, "out", queue_, out, like_out, {q_.dtype});
-    if (lse.defined()) {
-      if (!o_.normalize) core::invalid(op_, "lse", "none with normalize=False", "an array");
-      check_lse("lse", lse);
-    }
-    core::check_array(op_, "dq", queue_, dq, {{"B", batch()}, {"H", heads()}, {"N", seq_q()}, {"D", dim()}},
-                      {q_.dtype});
-    core::check_array(op_, "dk", queue_, dk, {{"B", batch()}, {"Hkv", heads_kv()}, {"M", seq_k()}, {"D", dim()}},
-                      {q_.dtype});
-    core::check_array(op_, "dv", queue_, dv, {{"B", batch()}, {"Hkv", heads_kv()}, {"M", seq_k()}, {"E", dim_v()}},
-                      {q_.dtype});
-    const std::initializer_list<const ConstTensor*> others = {
-        &q_, &k_, &v_, &dout, &out, &lse, &o_.key_mask, &o_.query_mask, &o_.planes, &o_.signs};
-    core::check_output(op_, "dq", dq, others);
-    core::check_output(op_, "dk", dk, others);
-    core::check_output(op_, "dv", dv, others);
-    core::check_output(op_, "dk", dk, {&dq});
-    core::check_output(op_, "dv", dv, {&dq, &dk});
   }
 
   int64_t parts() const { return hadamard_parts(o_.num_hashes, o_.hash_bits, dim(), o_.carving); }
@@ -273,7 +233,6 @@ class Yoso : public Composition {
          [&](Workspace w) { collision_attention_bwd(queue_, dsum, q_, k_, v_, options, rule, dq, dk, dv, w); });
   }
 
-  ConstTensor q_, k_, v_;
   YosoOptions o_;
   Tensor codes_q_, codes_k_;
 };

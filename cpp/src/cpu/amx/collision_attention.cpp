@@ -1,4 +1,3 @@
-#include "core/parallel.h"
 #include "cpu/amx/tile_registers.h"
 #include "cpu/collision_probability.h"
 #include "cpu/table.h"
@@ -96,12 +95,7 @@ void pack_tile(const Args& args, const Block& block, int64_t first, const Scratc
     gather_rows(args.v, block.batch, block.head_kv, first + j, count, keep, args.dim_v, s.value_rows + j * width,
                 width);
   }
-  for (int64_t j = 0; j < kTileColumns; j += 2) {
-    for (int64_t c = 0; c < width; c += kLanes) {
-      const float* row = s.value_rows + j * width + c;
-      store(s.values + row_word(j, c), pair(load(row), load(row + width)));
-    }
-  }
+  pack_row_words(width, s.values, [&](int64_t j, int64_t c) { return load(s.value_rows + j * width + c); });
 }
 
 /// Scores to weights u^tau, in f32 in place and rounded to bfloat16.
@@ -177,42 +171,22 @@ void run_block(const Args& args, const Block& block, const Scratch& s) {
 /// A register of 16 queries that is mostly empty is no faster than v4.
 bool fits(const Args& args) { return args.q.dtype == DType::bf16 && args.seq_q >= kSide / 2; }
 
-struct Plan {
-  Queue queue;
-  int64_t block_rows, blocks, tasks, worker_bytes;
-};
-
-Plan plan(const Queue& queue, const Args& args) {
-  const int64_t heads = args.batch * args.heads_q;
-  const int64_t rows = round_up(rows_per_task(queue.num_threads, heads, args.seq_q, kMostRows), kSide);
-  const int64_t blocks = (args.seq_q + rows - 1) / rows;
-  Arena arena = {};
-  lay_out(arena, args, rows);
-  Plan p = {queue, rows, blocks, heads * blocks, arena.used};
-  p.queue.num_threads = int32_t(smaller(queue.num_threads, p.tasks));
-  return p;
+TilePlan plan(const Queue& queue, const Args& args) {
+  return tile_plan(queue, args, kMostRows, [&](Arena& arena, int64_t rows) { lay_out(arena, args, rows); });
 }
 
 const char* supports(const Args& args) { return x86_64_v4::collision_attention_slot.supports(args); }
 
 int64_t workspace_bytes(const Queue& queue, const Args& args) {
   if (!fits(args)) return x86_64_v4::collision_attention_slot.workspace_bytes(queue, args);
-  const Plan p = plan(queue, args);
-  return with_alignment({nullptr, p.queue.num_threads * p.worker_bytes});
+  return workspace_of(plan(queue, args));
 }
 
 const char* run(const Queue& queue, const Args& args, void* workspace) {
   if (!fits(args)) return x86_64_v4::collision_attention_slot.run(queue, args, workspace);
-  const Plan p = plan(queue, args);
-  char* base = arena_at(workspace).base;
-  core::parallel_for(p.queue, p.tasks, [&](int64_t task, int worker) {
-    Arena arena = {base + worker * p.worker_bytes, 0};
-    const Scratch s = lay_out(arena, args, p.block_rows);
-    // The long rows of a causal pass first.
-    const int64_t head = task / p.blocks, first = (p.blocks - 1 - task % p.blocks) * p.block_rows;
-    const int64_t head_q = head % args.heads_q, head_kv = head_q / (args.heads_q / args.heads_kv);
-    run_block(args, {head / args.heads_q, head_q, head_kv, first, smaller(p.block_rows, args.seq_q - first)}, s);
-  });
+  const TilePlan p = plan(queue, args);
+  run_blocks(p, args, workspace,
+             [&](Arena arena, const Block& block) { run_block(args, block, lay_out(arena, args, p.block_rows)); });
   return nullptr;
 }
 

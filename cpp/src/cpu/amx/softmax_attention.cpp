@@ -1,13 +1,11 @@
-#include "core/parallel.h"
 #include "cpu/amx/tile_registers.h"
-#include "cpu/softmax_tile.h"
+#include "cpu/softmax_rows.h"
 #include "cpu/table.h"
-#include "cpu/unit_row.h"
 
-// The forward pass on tile registers where the queries or the keys are bfloat16. The method, and the notation, is that
-// of the kernel for the other rows. Queries or keys in f32 enter the products in two parts, high and low, so that
-// logits are far better than one rounding to bfloat16 would leave them. Weights and values are rounded to bfloat16 when
-// they meet; out is divided by the sum of the rounded weights, so that it stays a weighted mean of the values.
+// The forward pass on tile registers where the queries or the keys are bfloat16. The method is that of the kernel for
+// the other rows. Queries or keys in f32 enter the products in two parts, high and low, so that logits are far better
+// than one rounding to bfloat16 would leave them. Weights and values are rounded to bfloat16 when they meet; out is
+// divided by the sum of the rounded weights, so that it stays a weighted mean of the values.
 //
 // A value that bfloat16 cannot hold, infinity and NaN among them, would spoil rows that do not see it, for a weight of
 // 0 times it is NaN. It enters the product as 0, and what it adds is added to the rows that see it in f32.
@@ -24,29 +22,22 @@ namespace {
 using Args = SoftmaxAttentionArgs;
 
 constexpr int64_t kMostRows = 1024;  // of a task; the tile registers make packing dearer than it is for v4
-// Distance of a logit from its base that exp_shifted can tell exactly.
-constexpr float kReach = 16000.0f;
-// A step of the power leaves room for logits to grow by e^8 before the next one.
-constexpr int kRoom = 12;
-static_assert(kSide % kTileRows == 0);
+static_assert(kSide % kTileRows == 0 && kSide == 16);  // padded() fills whole registers
 
 struct Scratch {
-  float* row;                      // [depth]
-  bfloat16 *queries, *low;         // [block, depth]; the low parts only of f32
-  float* key_panels;               // transposed panels of the tile
-  int32_t *keys, *low_keys;        // column tiles
-  float* value_rows;               // [kTileColumns, width]
-  int32_t* values;                 // the same, as right factors
-  float* scores;                   // [kSide, kTileColumns]
-  bfloat16* weights;               // [kSide, kTileColumns]
-  float* sums;                     // [block, width]
-  float *totals, *divisors;        // [block, kLanes], of the weights before and after rounding
-  float *bases, *powers, *limits;  // [block]; no logit so far is above the limit, and before the first that is -inf
-  Interval* seen;                  // [block], keys of the sweep
+  float* row;                // [depth]
+  bfloat16 *queries, *low;   // [block, depth]; the low parts only of f32
+  float* key_panels;         // transposed panels of the tile
+  int32_t *keys, *low_keys;  // column tiles
+  float* value_rows;         // [kTileColumns, width]
+  int32_t* values;           // the same, as right factors
+  float* scores;             // [kSide, kTileColumns]
+  bfloat16* weights;         // [kSide, kTileColumns]
+  RunningRows rows;
 };
 
 int64_t depth_of(const Args& a) { return round_up(a.dim_qk, kDepth); }
-int64_t width_of(const Args& a) { return round_up(a.dim_v, kSide); }
+int64_t width_of(const Args& a) { return padded(a.dim_v); }
 
 bool any_f32_keys(const Args& a) {
   bool found = false;
@@ -67,19 +58,9 @@ Scratch lay_out(Arena& arena, const Args& a, int64_t block) {
   s.values = take<int32_t>(arena, wanted * kTileColumns * width / 2);
   s.scores = take<float>(arena, kSide * kTileColumns);
   s.weights = take<bfloat16>(arena, kSide * kTileColumns);
-  s.sums = take<float>(arena, wanted * block * width);
-  s.totals = take<float>(arena, block * kLanes);
-  s.divisors = take<float>(arena, block * kLanes);
-  s.bases = take<float>(arena, block);
-  s.powers = take<float>(arena, block);
-  s.limits = take<float>(arena, block);
-  s.seen = take<Interval>(arena, block);
+  s.rows = take_running_rows(arena, a, block, true);
   return s;
 }
-
-struct Block {
-  int64_t batch, head, head_kv, first, rows;
-};
 
 /// x rounded to bfloat16; NaN may become another number.
 inline F32 rounded(F32 x) {
@@ -154,39 +135,19 @@ uint64_t pack_values(const Args& a, const SoftmaxSweep& sweep, const Block& bloc
     };
     for_each_row<T>(sweep.v, block.batch, block.head_kv, tile.first, kTileColumns, kTileColumns, tile.keep_rows, pack);
   });
-  for (int64_t j = 0; j < kTileColumns; j += 2) {
-    for (int64_t c = 0; c < width; c += kLanes) {
-      const float* row = s.value_rows + j * width + c;
-      const F32 even = beyond >> j & 1 ? F32{} : rounded(load(row));
-      const F32 odd = beyond >> (j + 1) & 1 ? F32{} : rounded(load(row + width));
-      store(s.values + row_word(j, c), pair(even, odd));
-    }
-  }
+  pack_row_words(width, s.values, [&](int64_t j, int64_t c) {
+    return beyond >> j & 1 ? F32{} : rounded(load(s.value_rows + j * width + c));
+  });
   return beyond;
-}
-
-/// Makes room for the logit `top`, the largest of row r and above its limit.
-void raise_limit(const Args& a, const Scratch& s, int64_t r, float top) {
-  const bool is_first = s.limits[r] == -kInfinity;
-  float base = s.bases[r], distance = top - base;
-  if (!(distance >= -kReach && distance <= kReach)) base = top, distance = 0;
-  const float power = float(int32_t(distance * kLog2E) + 1 + kRoom);
-  if (!is_first) {
-    const F32 factor = exp_shifted(set(s.bases[r] - base), set(power - s.powers[r]));
-    store(s.totals + r * kLanes, load(s.totals + r * kLanes) * factor);
-    store(s.divisors + r * kLanes, load(s.divisors + r * kLanes) * factor);
-    if (a.out.data) scale_row(s.sums + r * width_of(a), width_of(a), factor[0]);
-  }
-  s.bases[r] = base, s.powers[r] = power, s.limits[r] = base + power * float(kLn2);
 }
 
 /// Logits of row r of the block to rounded weights, within `columns`, in place and as bfloat16.
 void form_weights(const Args& a, const Scratch& s, int64_t r, float* row, Interval columns, bfloat16* weights) {
   F32 top = set(-kInfinity);
   for (int64_t j = columns.lo; j < columns.hi; j += kLanes) top = max(load(row + j), top);
-  if (any(top > set(s.limits[r]))) raise_limit(a, s, r, reduce_max(top));
-  const F32 base = set(s.bases[r]), power = set(s.powers[r]);
-  F32 total = load(s.totals + r * kLanes), divisor = load(s.divisors + r * kLanes);
+  if (any(top > set(s.rows.limits[r]))) raise_limit(a, s.rows, r, reduce_max(top));
+  const F32 base = set(s.rows.bases[r]), power = set(s.rows.powers[r]);
+  F32 total = load(s.rows.totals + r * kLanes), divisor = load(s.rows.divisors + r * kLanes);
   // Pairs of vectors go through the long chain of operations together; columns begin and end at multiples of kLanes.
   for (int64_t j = columns.lo; j < columns.hi; j += 2 * kLanes) {
     const bool both = j + kLanes < columns.hi;
@@ -199,13 +160,7 @@ void form_weights(const Args& a, const Scratch& s, int64_t r, float* row, Interv
       total += weight[v], divisor += kept;
     }
   }
-  store(s.totals + r * kLanes, total), store(s.divisors + r * kLanes, divisor);
-}
-
-const float* pair_bias_row(const SoftmaxSweep& sweep, const Block& block, int64_t r, const KeyTile& tile) {
-  const Operand& b = sweep.pair_bias;
-  const float* base = static_cast<const float*>(b.data) + block.batch * b.stride[0] + block.head * b.stride[1];
-  return base + (block.first + smaller(r, block.rows - 1)) * b.stride[2] + tile.first;
+  store(s.rows.totals + r * kLanes, total), store(s.rows.divisors + r * kLanes, divisor);
 }
 
 /// Products of kTileRows rows, from row r of the block on, to weights; those outside of what they see are 0.
@@ -217,13 +172,7 @@ void finish_group(const Args& a, const SoftmaxSweep& sweep, const Block& block, 
   if (is_empty || seen.all.lo > 0 || seen.all.hi < kTileColumns)
     memset(weights, 0, size_t(kTileRows * kTileColumns) * sizeof(bfloat16));
   if (is_empty) return;
-  if (sweep.pair_bias.data) {
-    const float* rows[kTileRows];
-    for (int i = 0; i < kTileRows; ++i) rows[i] = pair_bias_row(sweep, block, r + i, tile);
-    finish_logits(tile, seen, rows, scores);
-  } else if (tile.has_bias || tile.has_gaps || !seen.is_whole) {
-    finish_logits(tile, seen, nullptr, scores);
-  }
+  to_logits(sweep, block, r, tile, seen, scores);
   for (int i = 0; i < kTileRows; ++i)
     form_weights(a, s, r + i, scores + i * kTileColumns, seen.all, weights + i * kTileColumns);
 }
@@ -234,10 +183,10 @@ void add_beyond(const Args& a, const KeyTile& tile, int64_t r, uint64_t beyond, 
   for (int64_t j = 0; j < tile.count; ++j) {
     if (!(beyond >> j & 1)) continue;
     for (int64_t i = 0; i < kSide; ++i) {
-      const Interval seen = s.seen[r + i];
+      const Interval seen = s.rows.seen[r + i];
       if (tile.first + j < seen.lo || tile.first + j >= seen.hi) continue;
       const F32 weight = set(s.scores[i * kTileColumns + j]);
-      float* sum = s.sums + (r + i) * width;
+      float* sum = s.rows.sums + (r + i) * width;
       for (int64_t c = 0; c < width; c += kLanes)
         store(sum + c, fma(weight, load(s.value_rows + j * width + c), load(sum + c)));
     }
@@ -257,9 +206,9 @@ void visit_rows(const Args& a, const SoftmaxSweep& sweep, const Block& block, in
     form_products({{queries, s.keys}}, depth, s.scores);
   scale_row(s.scores, kSide * kTileColumns, a.scale);
   for (int64_t i = 0; i < kSide; i += kTileRows)
-    finish_group(a, sweep, block, r + i, tile, seen_in_tile(s.seen + r + i, tile), s);
+    finish_group(a, sweep, block, r + i, tile, seen_in_tile(s.rows.seen + r + i, tile), s);
   if (!a.out.data) return;
-  add_tile_rows(s.weights, s.values, width_of(a), s.sums + r * width_of(a));
+  add_tile_rows(s.weights, s.values, width_of(a), s.rows.sums + r * width_of(a));
   if (beyond) add_beyond(a, tile, r, beyond, s);
 }
 
@@ -276,58 +225,20 @@ void visit_tile(const Args& a, const SoftmaxSweep& sweep, const Block& block, In
       visit_rows(a, sweep, block, r, tile, beyond, s);
 }
 
-/// The tiles of a sweep that some row of the block sees. Intervals grow with the row, and so do the rows of a tile.
-void visit_sweep(const Args& a, const SoftmaxSweep& sweep, const Block& block, const Scratch& s) {
-  const int64_t rows = round_up(block.rows, kSide);
-  for (int64_t r = 0; r < rows; ++r)
-    s.seen[r] = keys_seen(sweep.rule, block.first + smaller(r, block.rows - 1), sweep.seq_k);
-  Interval seeing = {0, 0};
-  const int64_t begin = s.seen[0].lo / kTileColumns * kTileColumns, end = s.seen[rows - 1].hi;
-  for (int64_t first = begin; first < end; first += kTileColumns) {
-    while (s.seen[seeing.lo + kSide - 1].hi <= first) seeing.lo += kSide;
-    seeing.hi = larger(seeing.lo, seeing.hi);
-    while (seeing.hi < rows && s.seen[seeing.hi].lo < smaller(end, first + kTileColumns)) seeing.hi += kSide;
-    if (seeing.lo < seeing.hi) visit_tile(a, sweep, block, seeing, first, s);
-  }
-}
-
-/// Writes out and lse.
-void finish_rows(const Args& a, const Block& block, const Scratch& s) {
-  const bool* keep = mask_of(a.query_mask, block.batch);
-  for (int64_t r = 0; r < block.rows; ++r) {
-    const int64_t row = block.first + r, width = width_of(a);
-    const bool kept = !keep || keep[row];
-    const float total = kept ? reduce_add(load(s.totals + r * kLanes)) : 0.0f;
-    if (a.out.data) {
-      float* sum = s.sums + r * width;
-      const float divisor = kept ? reduce_add(load(s.divisors + r * kLanes)) : 0.0f;
-      if (divisor == 0.0f)
-        memset(sum, 0, size_t(width) * sizeof(float));
-      else
-        divide_row(sum, width, divisor);
-      store_row(a.out, block.batch, block.head, row, sum, a.dim_v);
-    }
-    if (a.lse.data) {
-      float* lse = static_cast<float*>(a.lse.data) + block.batch * a.lse.stride[0] + block.head * a.lse.stride[1];
-      lse[row * a.lse.stride[2]] = total == 0.0f ? -kInfinity : log_length({total, int(s.powers[r])}) + s.bases[r];
-    }
-  }
-}
-
 void run_block(const Args& a, const Block& block, const Scratch& s) {
-  const int64_t rows = round_up(block.rows, kSide);
-  if (a.out.data) memset(s.sums, 0, size_t(rows * width_of(a)) * sizeof(float));
-  memset(s.totals, 0, size_t(rows * kLanes) * sizeof(float));
-  memset(s.divisors, 0, size_t(rows * kLanes) * sizeof(float));
-  for (int64_t r = 0; r < rows; ++r) s.bases[r] = 0, s.powers[r] = 0, s.limits[r] = -kInfinity;
+  clear_rows(a, round_up(block.rows, kSide), s.rows);
   if (any_kept(mask_of(a.query_mask, block.batch), block.first, block.rows)) {
     pack_queries(a, block, s);
     _tile_loadconfig(&kTileConfig);
-    for (int i = 0; i < a.num_sweeps; ++i)
-      if (a.sweeps[i].seq_k > 0) visit_sweep(a, a.sweeps[i], block, s);
+    for (int i = 0; i < a.num_sweeps; ++i) {
+      const SoftmaxSweep& sweep = a.sweeps[i];
+      if (sweep.seq_k == 0) continue;
+      for_each_tile<kSide>(sweep, block, s.rows.seen,
+                           [&](Interval rows, int64_t first) { visit_tile(a, sweep, block, rows, first, s); });
+    }
     _tile_release();
   }
-  finish_rows(a, block, s);
+  finish_rows(a, block, s.rows);
 }
 
 /// Nothing is gained without bfloat16 in the logits, nor with a register of 16 queries that is mostly empty.
@@ -341,42 +252,22 @@ bool fits(const Args& a) {
   return all;
 }
 
-struct Plan {
-  Queue queue;
-  int64_t block_rows, blocks, tasks, worker_bytes;
-};
-
-Plan plan(const Queue& queue, const Args& a) {
-  const int64_t heads = a.batch * a.heads_q;
-  const int64_t rows = round_up(rows_per_task(queue.num_threads, heads, a.seq_q, kMostRows), kSide);
-  const int64_t blocks = (a.seq_q + rows - 1) / rows;
-  Arena arena = {};
-  lay_out(arena, a, rows);
-  Plan p = {queue, rows, blocks, heads * blocks, arena.used};
-  p.queue.num_threads = int32_t(smaller(queue.num_threads, p.tasks));
-  return p;
+TilePlan plan(const Queue& queue, const Args& a) {
+  return tile_plan(queue, a, kMostRows, [&](Arena& arena, int64_t rows) { lay_out(arena, a, rows); });
 }
 
 const char* supports(const Args& a) { return x86_64_v4::softmax_attention_slot.supports(a); }
 
 int64_t workspace_bytes(const Queue& queue, const Args& a) {
   if (!fits(a)) return x86_64_v4::softmax_attention_slot.workspace_bytes(queue, a);
-  const Plan p = plan(queue, a);
-  return with_alignment({nullptr, p.queue.num_threads * p.worker_bytes});
+  return workspace_of(plan(queue, a));
 }
 
 const char* run(const Queue& queue, const Args& a, void* workspace) {
   if (!fits(a)) return x86_64_v4::softmax_attention_slot.run(queue, a, workspace);
-  const Plan p = plan(queue, a);
-  char* base = arena_at(workspace).base;
-  core::parallel_for(p.queue, p.tasks, [&](int64_t task, int worker) {
-    Arena arena = {base + worker * p.worker_bytes, 0};
-    const Scratch s = lay_out(arena, a, p.block_rows);
-    // The long rows of a causal pass first.
-    const int64_t head = task / p.blocks, first = (p.blocks - 1 - task % p.blocks) * p.block_rows;
-    const int64_t head_q = head % a.heads_q, head_kv = head_q / (a.heads_q / a.heads_kv);
-    run_block(a, {head / a.heads_q, head_q, head_kv, first, smaller(p.block_rows, a.seq_q - first)}, s);
-  });
+  const TilePlan p = plan(queue, a);
+  run_blocks(p, a, workspace,
+             [&](Arena arena, const Block& block) { run_block(a, block, lay_out(arena, a, p.block_rows)); });
   return nullptr;
 }
 

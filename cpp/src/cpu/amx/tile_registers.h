@@ -3,6 +3,7 @@
 /// A register holds 16 rows of 64 bytes; as the right factor of a product it holds pairs of bfloat16: word
 /// [d / 2][column] = (B[d][column], B[d + 1][column]). Sums are f32.
 #pragma once
+#include "core/parallel.h"
 #include "cpu/tile.h"
 
 namespace subquad::cpu::SUBQUAD_ISA {
@@ -42,6 +43,13 @@ static inline int64_t column_word(int64_t d, int64_t c) {
 /// c.
 static inline int64_t row_word(int64_t j, int64_t c) {
   return (c / kSide * (kTileColumns / kDepth) + j / kDepth) * kWords + j % kDepth / 2 * kSide + c % kSide;
+}
+
+/// The rows of a tile as right factors: at(j, c) is the vector of row j at column c, of numbers that bfloat16 can hold.
+template <class F>
+static inline void pack_row_words(int64_t width, int32_t* words, F&& at) {
+  for (int64_t j = 0; j < kTileColumns; j += 2)
+    for (int64_t c = 0; c < width; c += kLanes) store(words + row_word(j, c), pair(at(j, c), at(j + 1, c)));
 }
 
 /// Rows [kSide, depth] and a column tile, whose products belong to one sum.
@@ -92,6 +100,42 @@ static inline void add_tile_rows(const bfloat16* weights, const int32_t* rows, i
     _tile_dpbf16ps(0, 5, 7);
     _tile_stored(0, sums + c, width * 4);
   }
+}
+
+/// The queries of an attention pass in blocks, one to a task.
+struct TilePlan {
+  Queue queue;
+  int64_t block_rows, blocks, tasks, worker_bytes;
+};
+
+/// Blocks of up to `most` rows, in whole registers; lay_out(arena, rows) takes the scratch of a worker.
+template <class Args, class F>
+static inline TilePlan tile_plan(const Queue& queue, const Args& a, int64_t most, F&& lay_out) {
+  const int64_t heads = a.batch * a.heads_q;
+  const int64_t rows = round_up(rows_per_task(queue.num_threads, heads, a.seq_q, most), kSide);
+  const int64_t blocks = (a.seq_q + rows - 1) / rows;
+  Arena arena = {};
+  lay_out(arena, rows);
+  TilePlan p = {queue, rows, blocks, heads * blocks, arena.used};
+  p.queue.num_threads = int32_t(smaller(queue.num_threads, p.tasks));
+  return p;
+}
+
+static inline int64_t workspace_of(const TilePlan& p) {
+  return with_alignment({nullptr, p.queue.num_threads * p.worker_bytes});
+}
+
+/// Calls run(arena of the worker, {batch, head, head_kv, first row, rows}) for every block.
+template <class Args, class F>
+static inline void run_blocks(const TilePlan& p, const Args& a, void* workspace, F&& run) {
+  char* base = arena_at(workspace).base;
+  core::parallel_for(p.queue, p.tasks, [&](int64_t task, int worker) {
+    // The long rows of a causal pass first.
+    const int64_t head = task / p.blocks, first = (p.blocks - 1 - task % p.blocks) * p.block_rows;
+    const int64_t head_q = head % a.heads_q, head_kv = head_q / (a.heads_q / a.heads_kv);
+    run(Arena{base + worker * p.worker_bytes, 0},
+        {head / a.heads_q, head_q, head_kv, first, smaller(p.block_rows, a.seq_q - first)});
+  });
 }
 
 }  // namespace subquad::cpu::SUBQUAD_ISA
