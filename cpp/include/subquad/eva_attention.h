@@ -8,9 +8,9 @@ namespace subquad {
 struct EvaOptions {
   int64_t window = 64;      ///< length of a block; with partition or is_causal it divides chunk_size or the reverse
   int64_t chunk_size = 64;  ///< length of a chunk
-  ConstTensor k_bar,
-      mu;             ///< [B, Hkv, C, D], both or neither: f32 or the dtype of q, C = ceil(M / chunk_size). Default:
-                      ///< both are the means of the chunk's valid keys
+  /// [B, Hkv, C, D], both or neither: f32 or the dtype of q, C = ceil(M / chunk_size). Default: both are the means of
+  /// the chunk's valid keys.
+  ConstTensor k_bar, mu;
   ConstTensor noise;  ///< [B, Hkv, C, D] f32, standard normal: w_c = mu_c + s^-1/2 noise_c; optional
   bool draw = false;  ///< without noise: draw it (stream 7, [Hkv, C, D], shared by the batch); else w_c = mu_c
   Seed seed;
@@ -18,9 +18,9 @@ struct EvaOptions {
   bool chunk_mass = true;  ///< add ln of the chunk's number of valid keys to its logit
   double scale = 0;        ///< s > 0; 0 stands for D^-1/2
   ConstTensor key_mask;    ///< [B, M] bool, True = keep; optional. A masked key has no effect, not even with NaN in it.
-  bool is_causal =
-      false;  ///< query n sees keys m <= n + (M - N) of its block, and chunks that end before the block begins
-              ///< (without partition: before its own chunk begins)
+  /// Query n sees keys m <= n + (M - N) of its block, and chunks that end before the block begins (without partition:
+  /// before its own chunk begins).
+  bool is_causal = false;
 };
 
 /// Chunks in condensed form: what a causal call leaves behind for the next one.

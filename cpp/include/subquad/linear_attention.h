@@ -14,21 +14,21 @@ struct LinearAttentionState {
 };
 
 struct LinearAttentionOptions {
-  bool log_features =
-      false;  ///< fq and fk are logarithms; out is stabilised exactly, so they may have any size up to 2e4
+  bool log_features = false;   ///< fq and fk are logarithms of any size up to 2e4; out is stabilised exactly
   ConstTensor key_log_weight;  ///< [B, Hkv, M] f32: multiplies phi(k_m) by e^weight, stabilised; not with log_features
   ConstTensor key_mask;        ///< [B, M] bool, True = keep; a masked key is passed over, its gate and decay too
   bool is_causal = false;      ///< query n sees keys m <= n + (M - N)
   bool normalize = true;       ///< divide by the sum of weights; false is not for log_features or key_log_weight
   ConstTensor gate;            ///< [B, Hkv, M] f32 in [0, 1]: S <- g_m S + (1 - g_m) phi(k_m) v_m; causal only
-  ConstTensor decay;  ///< [B, Hkv, M] f32 in [0, 1]: S <- d_m S + phi(k_m) v_m; causal only; a constant per head
-                      ///< is a view with strides of 0; not together with gate
+  /// [B, Hkv, M] f32 in [0, 1]: S <- d_m S + phi(k_m) v_m; causal only; not together with gate. A constant per head is
+  /// a view with strides of 0.
+  ConstTensor decay;
 };
 
 /// Linear attention.
 ///
-///   S_t = sum_{m <= t} c_tm phi(k_m) v_m^T,   z_t = sum_{m <= t} c_tm phi(k_m),   out_n = (phi(q_n)^T S_t) /
-///   (phi(q_n)^T z_t)
+///   S_t = sum_{m <= t} c_tm phi(k_m) v_m^T,   z_t = sum_{m <= t} c_tm phi(k_m)
+///   out_n = (phi(q_n)^T S_t) / (phi(q_n)^T z_t)
 ///
 /// with t = n + (M - N) (causal) or M - 1, and c_tm the product of the gates or decays behind m, times 1 - g_m if
 /// gated. Without normalize out_n = phi(q_n)^T S_t. A query that sees no key, or whose sum of weights is 0, gives 0.

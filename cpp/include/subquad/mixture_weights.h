@@ -5,12 +5,11 @@
 namespace subquad {
 
 struct MixtureWeightsOptions {
-  double scale = 0;        ///< s > 0; 0 stands for D^-1/2
-  double alpha_coeff = 1;  ///< finite
-  bool over_queries =
-      true;                ///< t is a softmax over the queries (published), which needs column_lse; else over landmarks
-  ConstTensor query_mask;  ///< [B, N] bool, True = keep; a masked query has t = 0 and a row of -inf; optional
-  ConstTensor counts;      ///< [B, C] i32: landmark c exists where counts > 0; optional
+  double scale = 0;          ///< s > 0; 0 stands for D^-1/2
+  double alpha_coeff = 1;    ///< finite
+  bool over_queries = true;  ///< t is a softmax over the queries (published), by column_lse; else over landmarks
+  ConstTensor query_mask;    ///< [B, N] bool, True = keep; a masked query has t = 0 and a row of -inf; optional
+  ConstTensor counts;        ///< [B, C] i32: landmark c exists where counts > 0; optional
 };
 
 /// Logarithms of the weights.

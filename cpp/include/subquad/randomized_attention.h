@@ -15,8 +15,8 @@ enum class RandomizedGradient : int32_t {
 struct RandomizedOptions {
   int64_t num_samples = 1;  ///< S, averaged; given indices determine it
   double noise_std = 0;     ///< > 0; 0 stands for s^-1/2, which makes the estimate unbiased; published codes use 1
-  ConstTensor indices;      ///< [B, H, S, N] i32, the drawn keys, -1 for none; with noise; optional
-  ConstTensor noise;        ///< [B, H, S, N, D] f32, standard normal; with indices; optional
+  ConstTensor indices;      ///< [B, H, S, N] i32, the drawn keys, -1 where a query has none; optional
+  ConstTensor noise;        ///< [B, H, S, N, D] f32, standard normal; exactly where indices are
   double scale = 0;         ///< s > 0; 0 stands for D^-1/2
   ConstTensor key_mask;  ///< [B, M] bool, True = keep; optional. A masked key has no effect, not even with NaN in it.
   RandomizedGradient gradient = RandomizedGradient::pathwise;

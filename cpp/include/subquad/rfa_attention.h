@@ -26,8 +26,8 @@ struct RfaOptions {
 /// with phi as in feature_map. Positive and hyperbolic features are evaluated as two softmax attentions, which needs no
 /// epsilon and stays finite for any norms:
 ///
-///   h_i = sum_m softmax_m(<w_i, k~_m> - |k~_m|^2 / 2) v_m with log-sum-exp L_i;  out_n = sum_i softmax_i(<w_i, q~_n> +
-///   L_i) h_i
+///   h_i = sum_m softmax_m(<w_i, k~_m> - |k~_m|^2 / 2) v_m with log-sum-exp L_i
+///   out_n = sum_i softmax_i(<w_i, q~_n> + L_i) h_i
 ///
 /// causal and gated ones by linear_attention on logarithms of features. Source: Choromanski et al., ICLR 2021; Peng et
 /// al., ICLR 2021 (trig, gates). Bias O(1 / F), for out is a ratio of unbiased estimates; the variance grows as

@@ -1,5 +1,5 @@
-/// What the methods share: q, k and v with the checks of everything that has their shapes, scratch arrays, and operators
-/// that run behind them.
+/// What the methods share: q, k and v with the checks of all that has their shapes, scratch arrays, and operators that
+/// run behind them.
 #pragma once
 #include <algorithm>
 #include <cmath>
