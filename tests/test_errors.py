@@ -147,6 +147,7 @@ OPERATOR_ERRORS = [
     (ValueError, "num_samples", lambda: subquad.bucket_gradient(X, X, X, X, CODES, CODES, 4, num_samples=0)),
     (ValueError, "codes_q", lambda: subquad.bucket_gradient(X, X, X, X, CODES + 16, CODES, 4)),
     (ValueError, "[l2_normalize] x: expected shape [B, H, N, D], got [8]", lambda: subquad.l2_normalize(np.ones(8, F))),
+    (TypeError, "return_lse: expected True or False, got str", lambda: subquad.l2_normalize(X, return_lse="no")),
     (ValueError, "out", lambda: subquad.l2_normalize(X, out=np.lib.stride_tricks.as_strided(X, X.shape, (0, 0, 0, 4)))),
     (ValueError, "[random_uniform] shape", lambda: subquad.random_uniform((-1, 2), seed=0)),
     (TypeError, "[random_uniform] shape", lambda: subquad.random_uniform("ab", seed=0)),

@@ -82,3 +82,18 @@ def test_only_sign_fixed_rows_are_normal():
             assert (np.abs(first.mean(axis=0)) <= 5 / math.sqrt(3000)).all()
     assert off["published", 1] < -0.2 and off["published", -1] > 0.2
     assert max(abs(off["hadamard", sign]) for sign in (1, -1)) < 0.15
+
+
+@pytest.mark.parametrize(
+    ("shape", "error", "message"),
+    [
+        ((2**70, 4), ValueError, "num_features: expected a value below 2^31"),
+        ((4, 0), ValueError, "dim: expected a value of at least 1, got 0"),
+        ((-1, 4), ValueError, "num_features: expected a value of at least 0, got -1"),
+        ((4, 2.0), TypeError, "dim: expected an integer, got float"),
+    ],
+)
+def test_bad_shapes(shape, error, message):
+    with pytest.raises(error) as caught:
+        subquad.orthogonal_projection(*shape, seed=0)
+    assert str(caught.value).startswith("[orthogonal_projection] ") and message in str(caught.value)

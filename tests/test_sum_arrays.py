@@ -67,3 +67,19 @@ def test_wrong_terms_raise():
     ):
         with pytest.raises(ValueError, match=r"^\[sum_arrays\] "):
             subquad.sum_arrays(terms, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        (dict(factors=3), ValueError, "factors: expected 1 of them, one per term, got int"),
+        (dict(factors=[1.0, 2.0]), ValueError, "factors: expected 1 of them, one per term, got 2"),
+        (dict(factors=["a"]), TypeError, "factors: expected a number, got str"),
+        (dict(batch=-1), ValueError, "batch: expected a value of at least 0, got -1"),
+        (dict(heads=1.5), TypeError, "heads: expected an integer, got float"),
+    ],
+)
+def test_bad_inputs(keywords, error, message):
+    with pytest.raises(error) as caught:
+        subquad.sum_arrays([np.ones((1, 2, 3, 4), np.float32)], **keywords)
+    assert str(caught.value).startswith("[sum_arrays] ") and message in str(caught.value)

@@ -134,6 +134,16 @@ def framework_of(op: str, name: str, x: Array) -> Any:
     return found
 
 
+def extent(op: str, name: str, value: Any, least: int = 1) -> int:
+    """A number that becomes an extent of an array."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"[{op}] {name}: expected an integer, got {type(value).__name__}")
+    if not least <= value < 2**31:
+        rule = f"a value of at least {least}" if value < least else "a value below 2^31"
+        raise ValueError(f"[{op}] {name}: expected {rule}, got {value}")
+    return int(value)
+
+
 class Call:
     """The arrays of one call, converted once, and outputs to match them."""
 
@@ -176,13 +186,7 @@ class Call:
         return bool(return_state)
 
     def extent(self, name: str, value: Any, least: int = 1) -> int:
-        """A number that becomes an extent of an array."""
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"[{self.op}] {name}: expected an integer, got {type(value).__name__}")
-        if not least <= value < 2**31:
-            rule = f"a value of at least {least}" if value < least else "a value below 2^31"
-            raise ValueError(f"[{self.op}] {name}: expected {rule}, got {value}")
-        return int(value)
+        return extent(self.op, name, value, least)
 
     def shape(self, name: str, letters: str) -> tuple[int, ...]:
         """The shape of a required array; ValueError if its rank is not the number of letters."""

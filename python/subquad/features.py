@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import _ext
-from ._arrays import Array, Call, Jax, framework_of
+from ._arrays import Array, Call, Jax, extent, framework_of
 
 __all__ = [
     "feature_map",
@@ -117,10 +117,7 @@ def orthogonal_projection(
     for name, value in (("num_features", num_features), ("dim", dim), ("heads", heads)):
         if name == "heads" and value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"[orthogonal_projection] {name}: expected an integer, got {type(value).__name__}")
-        if value < (1 if name == "dim" else 0):
-            raise ValueError(f"[orthogonal_projection] {name}: expected a value of at least 1, got {value}")
+        extent("orthogonal_projection", name, value, 1 if name == "dim" else 0)
     shape = (num_features, dim) if heads is None else (heads, num_features, dim)
     if out is None:
         out = np.empty(shape, np.float32)

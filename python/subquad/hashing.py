@@ -252,7 +252,7 @@ def l2_normalize(x: Array, *, return_lse: bool = False, out: Array = None) -> Ar
     call = Call("l2_normalize", x=x)
     shape = call.shape("x", "B H N D")
     out = call.out(out, shape, "x")
-    lse = call.empty(shape[:3], "x", "float32") if return_lse else None
+    lse = call.empty(shape[:3], "x", "float32") if call.flag("return_lse", return_lse) else None
     _ext.l2_normalize(call.arrays["x"], out, lse)
     return call.leave(out) if lse is None else call.leave(out, lse)
 

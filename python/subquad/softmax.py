@@ -145,15 +145,16 @@ def sum_arrays(
     op = "sum_arrays"
     if not isinstance(terms, (list, tuple)) or not 1 <= len(terms) <= 4:
         raise ValueError(f"[{op}] terms: expected a sequence of 1 to 4 arrays, got {_length_of(terms)}")
-    factors = [1.0] * len(terms) if factors is None else list(factors)
-    if len(factors) != len(terms):
-        raise ValueError(f"[{op}] factors: expected {len(terms)} of them, one per term, got {len(factors)}")
+    factors = [1.0] * len(terms) if factors is None else factors
+    if not isinstance(factors, (list, tuple)) or len(factors) != len(terms):
+        raise ValueError(f"[{op}] factors: expected {len(terms)} of them, one per term, got {_length_of(factors)}")
     call = Call(op, terms=terms[0])
     arrays = [call.arrays["terms"], *(call.enter("terms", x) for x in terms[1:])]
     shape = call.shape("terms", "B H N D")
-    extents = (shape[0] if batch is None else batch, shape[1] if heads is None else heads, *shape[2:])
-    out = call.out(out, extents, "terms")
-    _ext.sum_arrays(arrays, factors, out)
+    batch = shape[0] if batch is None else call.extent("batch", batch, 0)
+    heads = shape[1] if heads is None else call.extent("heads", heads, 0)
+    out = call.out(out, (batch, heads, *shape[2:]), "terms")
+    _ext.sum_arrays(arrays, list(factors), out)
     return call.leave(out)
 
 
