@@ -7,7 +7,7 @@
 #include <string>
 
 #include "core/check.h"
-#include "subquad/tensor.h"
+#include "subquad/softmax_attention.h"
 
 namespace subquad {
 
@@ -64,6 +64,20 @@ class Composition {
   template <class Run>
   void step(Run&& run) {
     if (run_) named(run);
+  }
+
+  /// One softmax attention of the composition.
+  void softmax(ConstTensor q, ConstTensor k, ConstTensor v, const SoftmaxAttentionOptions& options, Tensor out,
+               Tensor lse) {
+    step([&] { return softmax_attention_workspace_bytes(queue_, q, k, v, options, out, lse); },
+         [&](Workspace w) { softmax_attention(queue_, q, k, v, options, out, lse, w); });
+  }
+
+  void softmax_bwd(ConstTensor dout, ConstTensor dlse, ConstTensor q, ConstTensor k, ConstTensor v,
+                   const SoftmaxAttentionOptions& options, ConstTensor out, ConstTensor lse,
+                   const SoftmaxAttentionGradients& g) {
+    step([&] { return softmax_attention_bwd_workspace_bytes(queue_, dout, dlse, q, k, v, options, out, lse, g); },
+         [&](Workspace w) { softmax_attention_bwd(queue_, dout, dlse, q, k, v, options, out, lse, g, w); });
   }
 
   /// Checks a mask [B, tokens] if it is given.

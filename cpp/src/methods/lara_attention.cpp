@@ -5,7 +5,6 @@
 #include "subquad/mixture_proposals.h"
 #include "subquad/mixture_weights.h"
 #include "subquad/segment_mean.h"
-#include "subquad/softmax_attention.h"
 #include "subquad/sum_arrays.h"
 
 namespace subquad {
@@ -29,8 +28,7 @@ class Lara : public Composition {
     probe();
     weigh();
     const SoftmaxAttentionOptions options = read_options();
-    step([&] { return softmax_attention_workspace_bytes(queue_, q_, keys(), h_, options, out, lse); },
-         [&](Workspace w) { softmax_attention(queue_, q_, keys(), h_, options, out, lse, w); });
+    softmax(q_, keys(), h_, options, out, lse);
   }
 
   void backward(ConstTensor dout, ConstTensor out, ConstTensor lse, const LaraGradients& g) {
@@ -134,13 +132,14 @@ class Lara : public Composition {
 
   /// Landmarks by segment means where none are given.
   void take_landmarks() {
-    if (given() || landmarks() == 0) return;
+    if (given()) return;
     const Tensor q_bar = scratch<float>({batch(), heads(), landmarks(), dim()});
     const Tensor k_bar = scratch<float>({batch(), heads_kv(), landmarks(), dim()});
+    o_.q_bar = q_bar, o_.k_bar = k_bar;
+    if (landmarks() == 0) return;
     counts_ = scratch<int32_t>({batch(), landmarks()});
     segment(q_, segments(false), q_bar, {});
     segment(k_, segments(true), k_bar, counts_);
-    o_.q_bar = q_bar, o_.k_bar = k_bar;
   }
 
   void segment(const ConstTensor& x, const SegmentMeanOptions& options, Tensor out, Tensor counts) {
@@ -161,10 +160,6 @@ class Lara : public Composition {
   void propose() {
     own_landmarks_ = !given();
     take_landmarks();
-    if (own_landmarks_ && landmarks() == 0) {
-      o_.q_bar = scratch<float>({batch(), heads(), 0, dim()});
-      o_.k_bar = scratch<float>({batch(), heads_kv(), 0, dim()});
-    }
     if (!o_.noise.defined() && o_.draw) {
       const int64_t rows = o_.antithetic ? samples() / 2 : samples();
       const Tensor noise = scratch<float>({1, heads(), rows, dim()});
@@ -194,8 +189,7 @@ class Lara : public Composition {
     l_ = scratch<float>({batch(), heads(), samples()});
     bias_ = scratch<float>({batch(), heads(), samples()});
     const SoftmaxAttentionOptions options = probe_options();
-    step([&] { return softmax_attention_workspace_bytes(queue_, proposals_.w, k_, v_, options, h_, l_); },
-         [&](Workspace w) { softmax_attention(queue_, proposals_.w, k_, v_, options, h_, l_, w); });
+    softmax(proposals_.w, k_, v_, options, h_, l_);
     step([&] {
       sum_arrays(queue_, {{with_axis(l_, 3)}, {with_axis(proposals_.log_density, 3), -1.0}}, with_axis(bias_, 3));
     });
@@ -219,8 +213,7 @@ class Lara : public Composition {
       SoftmaxAttentionOptions options;
       options.scale = scale_;
       options.key_mask = o_.query_mask;
-      step([&] { return softmax_attention_workspace_bytes(queue_, o_.q_bar, q_, {}, options, {}, column_lse_); },
-           [&](Workspace w) { softmax_attention(queue_, o_.q_bar, q_, {}, options, {}, column_lse_, w); });
+      softmax(o_.q_bar, q_, {}, options, {}, column_lse_);
     }
     log_alpha_ = scratch<float>({batch(), heads(), seq_q(), samples()});
     const MixtureWeightsOptions options = weight_options();
@@ -304,13 +297,6 @@ class Lara : public Composition {
   void segment_bwd(const Tensor& dmeans, const Tensor& base, const SegmentMeanOptions& options, Tensor dx) {
     step([&] { return segment_mean_bwd_workspace_bytes(queue_, dmeans, base, options, dx); },
          [&](Workspace w) { segment_mean_bwd(queue_, dmeans, base, options, dx, w); });
-  }
-
-  void softmax_bwd(ConstTensor dout, ConstTensor dlse, ConstTensor q, ConstTensor k, ConstTensor v,
-                   const SoftmaxAttentionOptions& options, ConstTensor out, ConstTensor lse,
-                   const SoftmaxAttentionGradients& g) {
-    step([&] { return softmax_attention_bwd_workspace_bytes(queue_, dout, dlse, q, k, v, options, out, lse, g); },
-         [&](Workspace w) { softmax_attention_bwd(queue_, dout, dlse, q, k, v, options, out, lse, g, w); });
   }
 
   LaraOptions o_;

@@ -4,7 +4,6 @@
 #include "methods/composition.h"
 #include "subquad/row_dot.h"
 #include "subquad/sampled_proposals.h"
-#include "subquad/softmax_attention.h"
 #include "subquad/softmax_sample.h"
 #include "subquad/sum_arrays.h"
 
@@ -138,8 +137,7 @@ class Randomized : public Composition {
   void attend(int64_t s, Tensor out, Tensor lse) {
     const Tensor w = of_sample(w_, s);
     const SoftmaxAttentionOptions options = attend_options();
-    step([&] { return softmax_attention_workspace_bytes(queue_, w, k_, v_, options, out, lse); },
-         [&](Workspace space) { softmax_attention(queue_, w, k_, v_, options, out, lse, space); });
+    softmax(w, k_, v_, options, out, lse);
   }
 
   SoftmaxAttentionOptions exact_options() const {
@@ -154,8 +152,7 @@ class Randomized : public Composition {
     baseline_ = scratch<float>({batch(), heads(), seq_q(), dim_v()});
     lse_ = scratch<float>({batch(), heads(), seq_q()});
     const SoftmaxAttentionOptions options = exact_options();
-    step([&] { return softmax_attention_workspace_bytes(queue_, q_, k_, v_, options, baseline_, lse_); },
-         [&](Workspace w) { softmax_attention(queue_, q_, k_, v_, options, baseline_, lse_, w); });
+    softmax(q_, k_, v_, options, baseline_, lse_);
     sample_ = scratch<float>({batch(), heads(), seq_q(), dim_v()});
     sample_lse_ = scratch<float>({batch(), heads(), seq_q()});
   }
@@ -173,7 +170,7 @@ class Randomized : public Composition {
     const bool first = s == 0;
     if (s == 1) dk_more_ = like_keys(dim()), dv_more_ = like_keys(dim_v());
     const SoftmaxAttentionGradients g = {of_sample(dw, s), first ? dk : dk_more_, first ? dv : dv_more_, {}, {}};
-    softmax_bwd(dout, {}, of_sample(w_, s), v_, attend_options(), sample_, sample_lse_, g);
+    softmax_bwd(dout, {}, of_sample(w_, s), k_, v_, attend_options(), sample_, sample_lse_, g);
     if (first) return;
     step([&] {
       sum_arrays(queue_, {{dk}, {dk_more_}}, dk);
@@ -187,14 +184,7 @@ class Randomized : public Composition {
     Tensor flat = make_tensor(static_cast<float*>(score.mutable_data()), {batch(), heads() * samples(), seq_q(), 1},
                               queue_.device);
     step([&] { sum_arrays(queue_, {{flat, -1.0}}, with_axis(dlse, 3)); });
-    softmax_bwd({}, dlse, q_, {}, exact_options(), {}, lse_, {dq, dk, {}, {}, {}});
-  }
-
-  void softmax_bwd(ConstTensor dout, ConstTensor dlse, ConstTensor q, ConstTensor v,
-                   const SoftmaxAttentionOptions& options, ConstTensor out, ConstTensor lse,
-                   const SoftmaxAttentionGradients& g) {
-    step([&] { return softmax_attention_bwd_workspace_bytes(queue_, dout, dlse, q, k_, v, options, out, lse, g); },
-         [&](Workspace w) { softmax_attention_bwd(queue_, dout, dlse, q, k_, v, options, out, lse, g, w); });
+    softmax_bwd({}, dlse, q_, k_, {}, exact_options(), {}, lse_, {dq, dk, {}, {}, {}});
   }
 
   RandomizedOptions o_;

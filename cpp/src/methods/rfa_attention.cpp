@@ -4,7 +4,6 @@
 #include "methods/composition.h"
 #include "subquad/feature_map.h"
 #include "subquad/orthogonal_projection.h"
-#include "subquad/softmax_attention.h"
 #include "subquad/sum_arrays.h"
 
 namespace subquad {
@@ -153,15 +152,13 @@ class Rfa : public Composition {
     h_ = scratch<float>({batch(), heads_kv(), width(), dim_v()});
     l_ = scratch<float>({batch(), heads_kv(), width()});
     const SoftmaxAttentionOptions options = probe_options();
-    step([&] { return softmax_attention_workspace_bytes(queue_, rows_, k_, v_, options, h_, l_); },
-         [&](Workspace w) { softmax_attention(queue_, rows_, k_, v_, options, h_, l_, w); });
+    softmax(rows_, k_, v_, options, h_, l_);
   }
 
   /// Stage 2: what each query reads from the features.
   void read(Tensor out, Tensor lse) {
     const SoftmaxAttentionOptions options = read_options();
-    step([&] { return softmax_attention_workspace_bytes(queue_, q_, rows_, h_, options, out, lse); },
-         [&](Workspace w) { softmax_attention(queue_, q_, rows_, h_, options, out, lse, w); });
+    softmax(q_, rows_, h_, options, out, lse);
   }
 
   void backward_softmaxes(ConstTensor dout, ConstTensor out, ConstTensor lse, const RfaGradients& g) {
@@ -187,13 +184,6 @@ class Rfa : public Composition {
       });
     else
       step([&] { sum_arrays(queue_, {{drows_read}, {drows_probe}}, result); });
-  }
-
-  void softmax_bwd(ConstTensor dout, ConstTensor dlse, ConstTensor q, ConstTensor k, ConstTensor v,
-                   const SoftmaxAttentionOptions& options, ConstTensor out, ConstTensor lse,
-                   const SoftmaxAttentionGradients& g) {
-    step([&] { return softmax_attention_bwd_workspace_bytes(queue_, dout, dlse, q, k, v, options, out, lse, g); },
-         [&](Workspace w) { softmax_attention_bwd(queue_, dout, dlse, q, k, v, options, out, lse, g, w); });
   }
 
   FeatureMapOptions map_options(bool keys) const {
