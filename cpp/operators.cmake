@@ -18,13 +18,27 @@ set(SUBQUAD_OPERATORS
   softmax_sample
   sampled_proposals
   mixture_proposals
-  mixture_weights)
+  mixture_weights
+  visible_keys
+  topk_select
+  select_blocks
+  expand_blocks
+  transpose_pattern
+  sparse_attention
+  running_mean
+  block_pool
+  expand_values
+  block_sum
+  teacher_blocks
+  attention_divergence
+  sea_estimate)
 set(SUBQUAD_METHODS
   yoso_attention
   rfa_attention
   randomized_attention
   lara_attention
-  eva_attention)
+  eva_attention
+  sea_attention)
 # Operators with an own AMX kernel in cpu/amx.
 set(SUBQUAD_AMX_OPERATORS
   collision_attention

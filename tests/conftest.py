@@ -19,7 +19,7 @@ def isa(request):
 
 def _poison_numpy(out):
     if out.size:
-        out[...] = np.nan if out.dtype.kind not in "iu" else 0x5A5A
+        out[...] = np.nan if out.dtype.kind not in "iu" else 0x5A if out.dtype.itemsize == 1 else 0x5A5A
     return out
 
 
@@ -27,7 +27,7 @@ def _poison_torch(out):
     import torch
 
     # uint16 has no fill in every torch version; its bytes have
-    out.view(torch.uint8).fill_(0x5A) if out.dtype == torch.uint16 else out.fill_(
+    out.view(torch.uint8).fill_(0x5A) if out.dtype in (torch.uint16, torch.uint8) else out.fill_(
         float("nan") if out.is_floating_point() else 0x5A5A
     )
     return out

@@ -181,11 +181,13 @@ def test_every_method_has_every_part():
 
 
 def test_every_public_function_has_a_twin_in_cpp():
+    """But for those that draw."""
     import subquad
 
     headers = "".join(path.read_text() for path in (ROOT / "cpp/include/subquad").glob("*.h"))
     for name in subquad.__all__:
-        if callable(getattr(subquad, name)) and not isinstance(getattr(subquad, name), type):
+        value = getattr(subquad, name)
+        if callable(value) and not isinstance(value, type) and value.__module__ != "subquad.heatmap":
             assert re.search(rf"\bvoid {name}\(", headers), f"{name} has no C++ twin"
 
 

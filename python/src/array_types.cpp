@@ -165,9 +165,9 @@ void check_torch_tensor(const Argument& argument, const ArrayType& type, nb::han
   static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
   if (take_bool(PyObject_GetAttr(tensor.ptr(), requires_grad)) &&
       nb::cast<bool>(imported("torch").attr("is_grad_enabled")()))
-    throw std::runtime_error(
-        sentence(argument.op, argument.name, "a tensor without gradient",
-                 "requires_grad=True in grad mode: use subquad.torch, torch.no_grad() or .detach()"));
+    throw std::runtime_error(sentence(argument.op, argument.name, "a tensor without gradient",
+                                      "requires_grad=True in grad mode: use subquad.torch if it has this function, "
+                                      "else torch.no_grad() or .detach()"));
   if (has_tangent(type, tensor))
     throw std::runtime_error(sentence(argument.op, argument.name, "a tensor without gradient",
                                       "a dual tensor: forward-mode differentiation is not supported"));

@@ -33,6 +33,9 @@ void bind_softmax(nb::module_& m);
 void bind_features(nb::module_& m);
 void bind_methods(nb::module_& m);
 void bind_randomized(nb::module_& m);
+void bind_sparse(nb::module_& m);
+void bind_distillation(nb::module_& m);
+void bind_sea(nb::module_& m);
 void bind_border_probe(nb::module_& m);
 
 }  // namespace subquad::python

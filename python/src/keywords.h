@@ -23,11 +23,11 @@ class Keywords {
   }
 
   /// The softmax scale: None is 0, which the core takes for its default; a given one must be above 0.
-  double scale() const {
-    if (at("scale").is_none()) return 0;
-    const double value = number("scale");
+  double scale(const char* name = "scale") const {
+    if (at(name).is_none()) return 0;
+    const double value = number(name);
     if (!(value > 0) || value > 1.79769e308)
-      throw std::invalid_argument(sentence(op_, "scale", "a finite number above 0", nb::str(at("scale")).c_str()));
+      throw std::invalid_argument(sentence(op_, name, "a finite number above 0", nb::str(at(name)).c_str()));
     return value;
   }
 

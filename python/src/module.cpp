@@ -42,5 +42,8 @@ NB_MODULE(_ext, m) {
   subquad::python::bind_features(m);
   subquad::python::bind_methods(m);
   subquad::python::bind_randomized(m);
+  subquad::python::bind_sparse(m);
+  subquad::python::bind_distillation(m);
+  subquad::python::bind_sea(m);
   subquad::python::bind_border_probe(m);
 }

@@ -6,6 +6,13 @@ Importing this package loads numpy and no other framework; `subquad.torch` holds
 from . import cpu
 from ._ext import UnsupportedError
 from ._version import __version__
+from .distillation import (
+    attention_divergence,
+    attention_divergence_bwd,
+    block_sum,
+    expand_values,
+    teacher_blocks,
+)
 from .eva import eva_attention, eva_attention_bwd
 from .features import (
     feature_map,
@@ -31,7 +38,9 @@ from .hashing import (
     l2_normalize_bwd,
     lsh_hash,
 )
+from .heatmap import attention_heatmap
 from .methods import yoso_attention, yoso_attention_bwd
+from .patterns import BlockPattern, CsrPattern, expand_blocks, transpose_pattern
 from .random import random_normal, random_signs, random_uniform
 from .randomized import (
     lara_attention,
@@ -40,6 +49,15 @@ from .randomized import (
     randomized_attention_bwd,
     rfa_attention,
     rfa_attention_bwd,
+)
+from .sea import (
+    block_pool,
+    block_pool_bwd,
+    running_mean,
+    running_mean_bwd,
+    sea_attention,
+    sea_attention_bwd,
+    sea_estimate,
 )
 from .softmax import (
     merge_states,
@@ -52,10 +70,25 @@ from .softmax import (
     softmax_sample,
     sum_arrays,
 )
+from .sparse import (
+    select_blocks,
+    sparse_attention,
+    sparse_attention_bwd,
+    topk_select,
+    visible_keys,
+)
 
 __all__ = [
+    "BlockPattern",
+    "CsrPattern",
     "UnsupportedError",
     "__version__",
+    "attention_divergence",
+    "attention_divergence_bwd",
+    "block_pool",
+    "block_pool_bwd",
+    "block_sum",
+    "attention_heatmap",
     "bucket_attention",
     "bucket_attention_bwd",
     "bucket_gradient",
@@ -65,6 +98,8 @@ __all__ = [
     "cpu",
     "eva_attention",
     "eva_attention_bwd",
+    "expand_blocks",
+    "expand_values",
     "feature_map",
     "feature_map_bwd",
     "l2_normalize",
@@ -89,14 +124,26 @@ __all__ = [
     "rfa_attention",
     "rfa_attention_bwd",
     "row_dot",
+    "running_mean",
+    "running_mean_bwd",
     "sampled_proposals",
     "sampled_proposals_bwd",
+    "sea_attention",
+    "sea_attention_bwd",
+    "sea_estimate",
     "segment_mean",
     "segment_mean_bwd",
+    "select_blocks",
     "softmax_attention",
     "softmax_attention_bwd",
     "softmax_sample",
+    "sparse_attention",
+    "sparse_attention_bwd",
     "sum_arrays",
+    "teacher_blocks",
+    "topk_select",
+    "transpose_pattern",
+    "visible_keys",
     "yoso_attention",
     "yoso_attention_bwd",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,13 @@ class Call:
     def keywords(self, keywords: dict[str, Any], *arrays: str) -> dict[str, Any]:
         """The keywords as the compiled module takes them: those named in `arrays` converted."""
         return {name: self.enter(name, value) if name in arrays else value for name, value in keywords.items()}
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Runs an operator that is a step of this call: what it refuses carries the name of this call."""
+        try:
+            function(*arguments)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise type(error)(f"[{self.op}]" + str(error).partition("]")[2]) from None
 
     def flag(self, name: str, value: Any) -> bool:
         """What decides how many results there are."""

@@ -28,4 +28,19 @@ enum class Mis : int32_t {
   biased,  ///< weights e^{s <mu_c, q_n>}; density: that of the mixture; does not converge to softmax attention
 };
 
+/// Over which entries a selection compares: scores [B, H, N, L] of queries n and columns (or keys) l, flattened in the
+/// order of the axes.
+enum class Group : int32_t {
+  query,      ///< the L entries of one (b, h, n)
+  head,       ///< the N L entries of one (b, h)
+  batch,      ///< the H N L entries of one b
+  row_heads,  ///< the H L entries of one (b, n)
+};
+
+/// How many columns a group of SEA keeps; see select_blocks.h.
+enum class BudgetRule : int32_t {
+  code,   ///< of the published code: rounded once for the whole group
+  paper,  ///< of the paper's text: at least 1 for every row
+};
+
 }  // namespace subquad

@@ -1,6 +1,7 @@
 #include "core/check.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 namespace subquad::core {
@@ -86,6 +87,12 @@ std::string shape_string(const ConstTensor& t) {
   return "[" + join(parts, size_t(t.rank), ", ") + "]";
 }
 
+std::string at_place(std::initializer_list<int64_t> place) {
+  std::string text;
+  for (int64_t index : place) text += (text.empty() ? "" : ", ") + std::to_string(index);
+  return " at [" + text + "]";
+}
+
 void check_array(const char* op, const char* argument, const Queue& queue, const ConstTensor& t,
                  std::initializer_list<Axis> axes, std::initializer_list<DType> dtypes) {
   if (!t.defined()) mismatch(op, argument, "an array", "none");
@@ -114,6 +121,17 @@ void check_array(const char* op, const char* argument, const Queue& queue, const
 void check_range(const char* op, const char* argument, int64_t value, int64_t lo, int64_t hi) {
   if (value < lo || value > hi)
     invalid(op, argument, "a value in [" + std::to_string(lo) + ", " + std::to_string(hi) + "]", std::to_string(value));
+}
+
+void check_not_empty(const char* op, const char* argument, const char* letter, int64_t extent) {
+  if (extent == 0) invalid(op, argument, letter + std::string(" of at least 1"), "0");
+}
+
+float check_scale(const char* op, const char* argument, double scale, int64_t dim) {
+  if (scale == 0) return float(1 / std::sqrt(double(dim)));
+  if (!(float(scale) > 0 && std::isfinite(float(scale))))
+    invalid(op, argument, "a finite number above 0", std::to_string(scale));
+  return float(scale);
 }
 
 void check_groups(const char* op, const char* argument, int64_t heads_q, int64_t heads_kv) {

@@ -23,6 +23,8 @@ inline constexpr int64_t kAny = -1;
 std::string to_string(DType dtype);
 std::string to_string(Device device);
 std::string shape_string(const ConstTensor& t);
+/// " at [i, j]", behind a value that is wrong.
+std::string at_place(std::initializer_list<int64_t> place);
 
 /// Checks rank, extents, dtype, device and the contiguous last axis. `axes` in order; `dtypes` the allowed ones.
 void check_array(const char* op, const char* argument, const Queue& queue, const ConstTensor& t,
@@ -30,6 +32,13 @@ void check_array(const char* op, const char* argument, const Queue& queue, const
 
 /// Checks lo <= value <= hi.
 void check_range(const char* op, const char* argument, int64_t value, int64_t lo, int64_t hi);
+
+/// Checks that an axis of the array is not empty.
+void check_not_empty(const char* op, const char* argument, const char* letter, int64_t extent);
+
+/// Checks a scale, of which 0 stands for dim^-1/2: finite and above 0, also as the f32 that kernels take, and that is
+/// returned.
+float check_scale(const char* op, const char* argument, double scale, int64_t dim);
 
 /// Checks that heads_q is a multiple of heads_kv (0 and 0 included).
 void check_groups(const char* op, const char* argument, int64_t heads_q, int64_t heads_kv);

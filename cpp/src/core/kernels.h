@@ -1,9 +1,14 @@
 /// A backend is a filled table: one slot per operator pass. An absent kernel is an empty slot.
 #pragma once
+#include "ops/attention_divergence_args.h"
+#include "ops/block_pool_args.h"
+#include "ops/block_sum_args.h"
 #include "ops/bucket_attention_args.h"
 #include "ops/bucket_gradient_args.h"
 #include "ops/bucket_sort_args.h"
 #include "ops/collision_attention_args.h"
+#include "ops/expand_blocks_args.h"
+#include "ops/expand_values_args.h"
 #include "ops/feature_map_args.h"
 #include "ops/l2_normalize_args.h"
 #include "ops/linear_attention_args.h"
@@ -14,11 +19,19 @@
 #include "ops/orthogonal_projection_args.h"
 #include "ops/random_args.h"
 #include "ops/row_dot_args.h"
+#include "ops/running_mean_args.h"
 #include "ops/sampled_proposals_args.h"
+#include "ops/sea_estimate_args.h"
 #include "ops/segment_mean_args.h"
+#include "ops/select_blocks_args.h"
 #include "ops/softmax_attention_args.h"
 #include "ops/softmax_sample_args.h"
+#include "ops/sparse_attention_args.h"
 #include "ops/sum_arrays_args.h"
+#include "ops/teacher_blocks_args.h"
+#include "ops/topk_select_args.h"
+#include "ops/transpose_pattern_args.h"
+#include "ops/visible_keys_args.h"
 
 namespace subquad {
 
@@ -63,6 +76,24 @@ struct Kernels {
   Slot<MixtureProposalsArgs> mixture_proposals_bwd;
   Slot<MixtureWeightsArgs> mixture_weights;
   Slot<MixtureWeightsArgs> mixture_weights_bwd;
+  Slot<VisibleKeysArgs> visible_keys;
+  Slot<TopkSelectArgs> topk_select;
+  Slot<SelectBlocksArgs> select_blocks;
+  Slot<ExpandBlocksArgs> expand_blocks_indptr;
+  Slot<ExpandBlocksArgs> expand_blocks;
+  Slot<TransposePatternArgs> transpose_pattern;
+  Slot<SparseAttentionArgs> sparse_attention;
+  Slot<SparseAttentionArgs> sparse_attention_bwd;
+  Slot<RunningMeanArgs> running_mean;
+  Slot<RunningMeanArgs> running_mean_bwd;
+  Slot<BlockPoolArgs> block_pool;
+  Slot<BlockPoolArgs> block_pool_bwd;
+  Slot<ExpandValuesArgs> expand_values;
+  Slot<BlockSumArgs> block_sum;
+  Slot<TeacherBlocksArgs> teacher_blocks;
+  Slot<AttentionDivergenceArgs> attention_divergence;
+  Slot<AttentionDivergenceArgs> attention_divergence_bwd;
+  Slot<SeaEstimateArgs> sea_estimate;
 };
 
 }  // namespace subquad

@@ -21,6 +21,12 @@ struct Operand {
   DType dtype;
 };
 
+/// The address of the first element of x[i, j, k].
+template <class T>
+static inline T* element(const Operand& x, int64_t i = 0, int64_t j = 0, int64_t k = 0) {
+  return static_cast<T*>(x.data) + i * x.stride[0] + j * x.stride[1] + k * x.stride[2];
+}
+
 /// Element type, 64-byte aligned pieces of one block of scratch memory. With a null base it only measures, so that one
 /// function lays out the scratch of an operator both for `workspace_bytes` and for `run`.
 struct Arena {

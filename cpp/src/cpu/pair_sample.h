@@ -32,8 +32,9 @@ static inline BucketIndex index_of(const Side& side, int64_t hash) {
   return bucket_index_at(side.plan, side.indices + hash * bucket_index_words(side.plan));
 }
 
-static inline void prefetch_row(const Side& side, int64_t token) {
-  for (int64_t i = 0; i < side.row_size; i += 16) __builtin_prefetch(row_of(side, token) + i);
+/// Inlined by force, as prefetch is.
+static __attribute__((always_inline)) inline void prefetch_candidate(const Side& side, int64_t token) {
+  prefetch(row_of(side, token), side.row_size * int64_t(sizeof(float)));
 }
 
 /// Draws a target needs for one kind of buckets: a counter gives 4 words.
@@ -153,7 +154,7 @@ static inline void fetch_bucket(Picker& picker, const BucketRange& bucket) {
     picker.fetch_own = n > (targets.end - targets.begin) * samples;
   }
   if (picker.fetch_own) return;
-  for (int64_t i = bucket.begin; i < bucket.end; ++i) prefetch_row(*picker.candidates, picker.to.order[i]);
+  for (int64_t i = bucket.begin; i < bucket.end; ++i) prefetch_candidate(*picker.candidates, picker.to.order[i]);
 }
 
 static inline void enter_bucket(Picker& picker, int32_t code, int64_t target) {
@@ -186,7 +187,7 @@ static inline void add_pair(Picks& picks, int32_t token, float weight) {
 static inline void pick_own(const Picker& picker, Picks& picks) {
   const int32_t* order = picker.to.order + picker.begin[0];
   spread(picker.own, picker.own_words[picks.target], [&](int64_t i) {
-    if (picker.fetch_own) prefetch_row(*picker.candidates, order[i]);
+    if (picker.fetch_own) prefetch_candidate(*picker.candidates, order[i]);
     add_pair(picks, order[i], picker.own.weight);
   });
 }
@@ -197,7 +198,7 @@ static inline void pick_flipped(const Picker& picker, Picks& picks) {
     int32_t j = 0;
     for (int32_t next = 1; next <= kMaxBits; ++next) j += picker.first_flipped[next] <= i;
     const int32_t token = picker.to.order[picker.begin[j + 1] + i - picker.first_flipped[j]];
-    prefetch_row(*picker.candidates, token);
+    prefetch_candidate(*picker.candidates, token);
     add_pair(picks, token, picker.flipped.weight);
   });
 }
@@ -222,9 +223,9 @@ static inline void pick(Picker& picker, int64_t position, Picks& picks) {
     picks.weights[picks.count + i] = 0;
   }
   const Side& side = *picker.targets;
-  const float *row = row_of(side, picks.target), *sum = sum_of(side, picks.target);
-  for (int64_t i = picker.args->exact ? 0 : side.unit_size; i < side.row_size; i += 16) __builtin_prefetch(row + i);
-  for (int64_t i = 0; i < side.unit_size; i += 16) __builtin_prefetch(sum + i, 1);
+  const int64_t skipped = picker.args->exact ? 0 : side.unit_size;
+  const float *row = row_of(side, picks.target) + skipped, *end = sum_of(side, picks.target) + side.unit_size;
+  prefetch(row, (end - row) * int64_t(sizeof(float)));
 }
 
 }  // namespace subquad::cpu::SUBQUAD_ISA

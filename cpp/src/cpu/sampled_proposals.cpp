@@ -150,7 +150,8 @@ Sample sample_of(const Args& a, int64_t g, int32_t entry) {
   return {g * (a.heads_q / a.heads_kv) + row / samples, row % samples, uint32_t(entry) % seq};
 }
 
-void prefetch_sample(const Args& a, int64_t b, const Sample& x) {
+/// Inlined by force, as prefetch is.
+__attribute__((always_inline)) inline void prefetch_sample(const Args& a, int64_t b, const Sample& x) {
   Operand dw = a.dw;
   dw.data = const_cast<float*>(rows_of<float>(a.dw, b, x.h)) + x.s * a.sample_stride.dw;
   prefetch_row(dw, 0, 0, x.n, a.dim);

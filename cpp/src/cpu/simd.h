@@ -53,6 +53,9 @@ static inline I32 lane_index() {
   return index;
 }
 
+/// Lanes below `count`.
+static inline I32 lanes_below(int64_t count) { return lane_index() < int32_t(count); }
+
 static inline F32 as_f32(I32 x) { return (F32)x; }
 static inline F32 as_f32(U32 x) { return (F32)x; }
 static inline I32 as_i32(F32 x) { return (I32)x; }
@@ -215,6 +218,12 @@ static inline void store_part(T* p, F32 x, int64_t n) {
 }
 
 // Rows
+
+/// Asks for memory that will be read or written soon. Whatever does nothing else must be inlined by force: GCC takes it
+/// for a function without effect and drops its calls.
+static __attribute__((always_inline)) inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
 
 /// dst[0..n) = src[0..n) as float.
 template <class T>

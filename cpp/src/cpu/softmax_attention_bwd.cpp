@@ -248,9 +248,9 @@ void multiply_out(const Args& a, int64_t batch, int64_t head, int64_t first, int
   transpose_rows(s.dout_rows, partner, out);
   for (int64_t r = 0; r < kPanel; r += kLanes) {
     F32 total = {};
-    for (int64_t begin = 0; begin < a.dim_v; begin += kPiece) {
+    for (int64_t begin = 0; begin < a.dim_v; begin += kDepthPiece) {
       F32 sum = {};
-      for (int64_t d = begin; d < smaller(begin + kPiece, a.dim_v); ++d)
+      for (int64_t d = begin; d < smaller(begin + kDepthPiece, a.dim_v); ++d)
         sum = fma(load(dout + d * kPanel + r), load(out + d * kPanel + r), sum);
       total = begin == 0 ? sum : total + sum;
     }

@@ -34,6 +34,24 @@ extern const Slot<MixtureProposalsArgs> mixture_proposals_slot;
 extern const Slot<MixtureProposalsArgs> mixture_proposals_bwd_slot;
 extern const Slot<MixtureWeightsArgs> mixture_weights_slot;
 extern const Slot<MixtureWeightsArgs> mixture_weights_bwd_slot;
+extern const Slot<VisibleKeysArgs> visible_keys_slot;
+extern const Slot<TopkSelectArgs> topk_select_slot;
+extern const Slot<SelectBlocksArgs> select_blocks_slot;
+extern const Slot<ExpandBlocksArgs> expand_blocks_indptr_slot;
+extern const Slot<ExpandBlocksArgs> expand_blocks_slot;
+extern const Slot<TransposePatternArgs> transpose_pattern_slot;
+extern const Slot<SparseAttentionArgs> sparse_attention_slot;
+extern const Slot<SparseAttentionArgs> sparse_attention_bwd_slot;
+extern const Slot<RunningMeanArgs> running_mean_slot;
+extern const Slot<RunningMeanArgs> running_mean_bwd_slot;
+extern const Slot<BlockPoolArgs> block_pool_slot;
+extern const Slot<BlockPoolArgs> block_pool_bwd_slot;
+extern const Slot<ExpandValuesArgs> expand_values_slot;
+extern const Slot<BlockSumArgs> block_sum_slot;
+extern const Slot<TeacherBlocksArgs> teacher_blocks_slot;
+extern const Slot<AttentionDivergenceArgs> attention_divergence_slot;
+extern const Slot<AttentionDivergenceArgs> attention_divergence_bwd_slot;
+extern const Slot<SeaEstimateArgs> sea_estimate_slot;
 
 const Kernels& table();
 

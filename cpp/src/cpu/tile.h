@@ -58,14 +58,15 @@ static inline void tile_product(const float* a, const float* panels, int64_t pan
   if (columns > 0) register_tile<Add, 1, RowStep, DepthStep>(a, panels, depth, c, pitch);
 }
 
-/// C = A B with A transposed: row r at column r of a panel (`a` points at its first row). Long products are summed in
-/// pieces of 128 steps, which keeps the rounding of one long chain down.
+// Long products are summed in pieces of so many steps, which keeps the rounding of one long chain down.
+static constexpr int64_t kDepthPiece = 128;
+
+/// C = A B with A transposed: row r at column r of a panel (`a` points at its first row).
 static inline void product_of_panels(const float* a, const float* panels, int64_t depth, int64_t panel_depth, float* c,
                                      int64_t columns) {
-  constexpr int64_t kPiece = 128;
-  tile_product<false, 1, kPanel>(a, panels, panel_depth, smaller(depth, kPiece), c, kTileColumns, columns);
-  for (int64_t d = kPiece; d < depth; d += kPiece)
-    tile_product<true, 1, kPanel>(a + d * kPanel, panels + d * kPanel, panel_depth, smaller(depth - d, kPiece), c,
+  tile_product<false, 1, kPanel>(a, panels, panel_depth, smaller(depth, kDepthPiece), c, kTileColumns, columns);
+  for (int64_t d = kDepthPiece; d < depth; d += kDepthPiece)
+    tile_product<true, 1, kPanel>(a + d * kPanel, panels + d * kPanel, panel_depth, smaller(depth - d, kDepthPiece), c,
                                   kTileColumns, columns);
 }
 
@@ -96,43 +97,54 @@ static inline int64_t rows_per_task(int num_threads, int64_t heads, int64_t rows
 
 /// Row b of a mask [B, tokens], or null if there is no mask.
 static inline const bool* mask_of(const Operand& mask, int64_t b) {
-  return mask.data ? static_cast<const bool*>(mask.data) + b * mask.stride[0] : nullptr;
+  return mask.data ? element<const bool>(mask, b) : nullptr;
+}
+
+/// How many of the tokens [begin, end) `keep` (or null) keeps.
+static inline int64_t count_kept(const bool* keep, int64_t begin, int64_t end) {
+  if (!keep) return end - begin;
+  int64_t kept = 0;
+  for (int64_t i = begin; i < end; ++i) kept += keep[i];
+  return kept;
 }
 
 static inline bool any_kept(const bool* keep, int64_t first, int64_t count) {
   return !keep || memchr(keep + first, 1, size_t(count));
 }
 
-/// Rows [first, first + count) of one head of x as f32 [kPanel, pitch]; zero behind the end of a row, for rows past
-/// `count`, and for rows that `keep` (one bool per row of the head, or null) leaves out, whatever they hold.
-static inline void gather_rows(const Operand& x, int64_t batch, int64_t head, int64_t first, int64_t count,
-                               const bool* keep, int64_t dim, float* rows, int64_t pitch) {
+/// Row place(r) of one head of x, or zeros where that is negative, as row r of f32 [kPanel, pitch], zeros behind it.
+template <class F>
+static inline void gather_places(const Operand& x, int64_t batch, int64_t head, int64_t dim, float* rows, int64_t pitch,
+                                 F&& place) {
   visit_float(x.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    const T* base = static_cast<const T*>(x.data) + batch * x.stride[0] + head * x.stride[1];
+    const auto* base = element<const decltype(tag)>(x, batch, head);
     for (int64_t r = 0; r < kPanel; ++r) {
-      const bool present = r < count && (!keep || keep[first + r]);
-      if (present) widen(base + (first + r) * x.stride[2], rows + r * pitch, dim);
-      const int64_t end = present ? dim : 0;
+      const int64_t from = place(r), end = from < 0 ? 0 : dim;
+      if (from >= 0) widen(base + from * x.stride[2], rows + r * pitch, dim);
       memset(rows + r * pitch + end, 0, size_t(pitch - end) * sizeof(float));
     }
   });
 }
 
+/// Rows [first, first + count) of one head of x as f32 [kPanel, pitch]; zero behind the end of a row, for rows past
+/// `count`, and for rows that `keep` (one bool per row of the head, or null) leaves out, whatever they hold.
+static inline void gather_rows(const Operand& x, int64_t batch, int64_t head, int64_t first, int64_t count,
+                               const bool* keep, int64_t dim, float* rows, int64_t pitch) {
+  gather_places(x, batch, head, dim, rows, pitch,
+                [&](int64_t r) { return r < count && (!keep || keep[first + r]) ? first + r : int64_t(-1); });
+}
+
 /// Row `row` of one head of x = from[0..dim), rounded to the dtype of x.
 static inline void store_row(const Operand& x, int64_t batch, int64_t head, int64_t row, const float* from,
                              int64_t dim) {
-  visit_float(x.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    narrow(from, static_cast<T*>(x.data) + batch * x.stride[0] + head * x.stride[1] + row * x.stride[2], dim);
-  });
+  visit_float(x.dtype, [&](auto tag) { narrow(from, element<decltype(tag)>(x, batch, head, row), dim); });
 }
 
-/// Asks for a row that a later gather_rows will read, so that packing does not wait for the memory.
-static inline void prefetch_row(const Operand& x, int64_t batch, int64_t head, int64_t row, int64_t dim) {
-  const int64_t size = dtype_bytes(x.dtype), offset = batch * x.stride[0] + head * x.stride[1] + row * x.stride[2];
-  const char* from = static_cast<const char*>(x.data) + offset * size;
-  for (int64_t i = 0; i < dim * size; i += 64) __builtin_prefetch(from + i, 0, 2);
+/// Asks for a row in advance; inlined by force, as prefetch is.
+static __attribute__((always_inline)) inline void prefetch_row(const Operand& x, int64_t batch, int64_t head,
+                                                               int64_t row, int64_t dim) {
+  const int64_t size = dtype_bytes(x.dtype), at = batch * x.stride[0] + head * x.stride[1] + row * x.stride[2];
+  prefetch(static_cast<const char*>(x.data) + at * size, dim * size);
 }
 
 /// The transpose of rows [kPanel, pitch] as a panel [pitch, kPanel]; pitch is a multiple of kLanes.
@@ -169,7 +181,7 @@ template <class T, class F>
 static inline void for_each_row(const Operand& x, int64_t batch, int64_t head, int64_t first, int64_t present,
                                 int64_t count, const bool* keep, F&& f) {
   static constexpr T kZeros[kMaxHeadDim] = {};
-  const T* base = static_cast<const T*>(x.data) + batch * x.stride[0] + head * x.stride[1];
+  const T* base = element<const T>(x, batch, head);
   for (int64_t r = 0; r < count; ++r)
     f(r < present && (!keep || keep[r]) ? base + (first + r) * x.stride[2] : kZeros, r);
 }

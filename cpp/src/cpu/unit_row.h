@@ -24,6 +24,11 @@ static inline float dot(const float* a, const float* b, int64_t size) {
   return reduce_add(sum[0]);
 }
 
+/// sum += row; as the rows, `size` is in whole vectors.
+static inline void add_row(const float* row, float* sum, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLanes) store(sum + i, load(sum + i) + load(row + i));
+}
+
 static inline void scale_row(float* row, int64_t size, float factor) {
   for (int64_t i = 0; i < size; i += kLanes) store(row + i, load(row + i) * set(factor));
 }

@@ -13,22 +13,18 @@ void check_tokens(const char* op, const char* argument, const Queue& queue, cons
   if (t.defined()) core::check_array(op, argument, queue, t, {{"B", batch}, {letter, tokens}}, {DType::boolean});
 }
 
-void check_dim(const char* op, const char* argument, const char* letter, int64_t dim) {
-  if (dim == 0) core::invalid(op, argument, letter + std::string(" of at least 1"), "0");
-}
-
 /// What both passes share: q, k, v, the options, and the fields of Args that they give.
 CollisionAttentionArgs check_inputs(const char* op, const Queue& queue, const ConstTensor& q, const ConstTensor& k,
                                     const ConstTensor& v, const CollisionAttentionOptions& options) {
   using core::kAny;
   const auto floats = {DType::f32, DType::f16, DType::bf16};
   core::check_array(op, "q", queue, q, {{"B", kAny}, {"H", kAny}, {"N", kAny}, {"D", kAny}}, floats);
-  check_dim(op, "q", "D", q.shape[3]);
+  core::check_not_empty(op, "q", "D", q.shape[3]);
   core::check_array(op, "k", queue, k, {{"B", q.shape[0]}, {"Hkv", kAny}, {"M", kAny}, {"D", q.shape[3]}}, {q.dtype});
   core::check_groups(op, "k", q.shape[1], k.shape[1]);
   core::check_array(op, "v", queue, v, {{"B", q.shape[0]}, {"Hkv", k.shape[1]}, {"M", k.shape[2]}, {"E", kAny}},
                     {q.dtype});
-  check_dim(op, "v", "E", v.shape[3]);
+  core::check_not_empty(op, "v", "E", v.shape[3]);
   core::check_range(op, "hash_bits", options.hash_bits, 1, 24);
   check_tokens(op, "key_mask", queue, options.key_mask, q.shape[0], "M", k.shape[2]);
   check_tokens(op, "query_mask", queue, options.query_mask, q.shape[0], "N", q.shape[2]);

@@ -1,7 +1,5 @@
 #include "subquad/sampled_proposals.h"
 
-#include <cmath>
-
 #include "core/registry.h"
 
 namespace subquad {
@@ -65,9 +63,7 @@ SampledProposalsArgs check_backward(const Queue& queue, const ConstTensor& dw, c
   check_gradient("dk", queue, dk, k);
   core::check_output(kBackward, "dq", dq, {&dw, &score, &q, &k, &indices, &dk});
   core::check_output(kBackward, "dk", dk, {&dw, &score, &q, &k, &indices, &dq});
-  if (scale != 0 && (!(scale > 0) || std::isinf(scale)))
-    core::invalid(kBackward, "scale", "a finite number above 0", std::to_string(scale));
-  args.scale = float(scale == 0 ? 1 / std::sqrt(double(args.dim)) : scale);
+  args.scale = core::check_scale(kBackward, "scale", scale, args.dim);
   args.dw = without_samples(dw, &args.sample_stride.dw);
   args.dq = core::operand(dq), args.dk = core::operand(dk);
   return args;

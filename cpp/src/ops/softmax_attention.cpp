@@ -28,20 +28,16 @@ struct Inputs {
   int64_t seq_k() const { return k.shape[2]; }
 };
 
-void check_dim(const char* op, const char* argument, const char* letter, int64_t dim) {
-  if (dim == 0) core::invalid(op, argument, letter + std::string(" of at least 1"), "0");
-}
-
 void check_qkv(const char* op, const Queue& queue, const Inputs& in) {
   core::check_array(op, "q", queue, in.q, {{"B", kAny}, {"H", kAny}, {"N", kAny}, {"D", kAny}}, kFloats);
-  check_dim(op, "q", "D", in.q.shape[3]);
+  core::check_not_empty(op, "q", "D", in.q.shape[3]);
   core::check_array(op, "k", queue, in.k, {{"B", in.batch()}, {"Hkv", kAny}, {"M", kAny}, {"D", in.q.shape[3]}},
                     kFloats);
   core::check_groups(op, "k", in.heads(), in.heads_kv());
   if (!in.v.defined()) return;
   core::check_array(op, "v", queue, in.v, {{"B", in.batch()}, {"Hkv", in.heads_kv()}, {"M", in.seq_k()}, {"E", kAny}},
                     kFloats);
-  check_dim(op, "v", "E", in.v.shape[3]);
+  core::check_not_empty(op, "v", "E", in.v.shape[3]);
 }
 
 void check_biases(const char* op, const Queue& queue, const Inputs& in) {
