@@ -1,9 +1,12 @@
 """Calls of every differentiable function beyond the hashing ones, for the tests of the adapters."""
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+import subquad
 
 BATCH, HEADS, HEADS_KV, SEQ, DIM, DIM_V = 2, 4, 2, 20, 8, 5
 
@@ -11,7 +14,8 @@ BATCH, HEADS, HEADS_KV, SEQ, DIM, DIM_V = 2, 4, 2, 20, 8, 5
 @dataclass
 class AdapterCase:
     """One call. arrays: the differentiable ones in the order of their gradients; a group of them is a tuple. side: the
-    other arrays. options: the rest, and asks: those that ask for further results."""
+    other arrays. options: the rest, and asks: those that ask for further results. num_zero: how many gradients are 0.
+    """
 
     name: str
     function: str
@@ -19,6 +23,7 @@ class AdapterCase:
     side: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     asks: dict[str, Any] = field(default_factory=dict)
+    num_zero: int = 0
 
     def __str__(self):
         return self.name
@@ -115,13 +120,38 @@ STATE_CASES = [
     AdapterCase("rfa", "rfa_attention", qkv(), _PROJECTION, _CAUSAL),
     AdapterCase("rfa_relu", "rfa_attention", qkv(), _KEYS | _GATE, dict(features="relu", num_features=6, **_CAUSAL)),
     AdapterCase("eva", "eva_attention", qkv(), {}, dict(window=4, chunk_size=2, **_CAUSAL)),
+    AdapterCase("mean", "running_mean", {"v": qkv()["v"]}, _KEYS),
 ]
 TOKENS = {"q": 2, "k": 2, "v": 2, "fq": 2, "fk": 2, "gate": 2, "key_mask": 1}
 
 
+_SEVERAL = (
+    "softmax_attention", "merge_states", "feature_map", "sparse_attention", "sea_attention", "attention_divergence",
+)  # fmt: skip
+_COTANGENTS = {"feature_map": ("dout", "dlog_factor"), "attention_divergence": ("dkl", "dsse")}
+# The function that is the backward pass, and the axis that its second argument is the extent of.
+_ADJOINTS = {"expand_values": ("block_sum", "x", 3), "block_sum": ("expand_values", "y", 3)}
+
+
 def differentiable(case, results):
     """Those of the results that have gradients."""
-    return results if case.function in ("softmax_attention", "merge_states", "feature_map") else results[:1]
+    return results if case.function in _SEVERAL else results[:1]
+
+
+def plain_gradients(case, arrays, side, results, given):
+    """The plain function's gradients for cotangents of its differentiable results, in any framework."""
+    if case.function in _ADJOINTS:
+        adjoint, of, axis = _ADJOINTS[case.function]
+        options = {name: x for name, x in case.options.items() if name == "is_causal"}
+        return (getattr(subquad, adjoint)(given[0], arrays[of].shape[axis], **side, **options),)
+    backward = getattr(subquad, f"{case.function}_bwd")
+    more = dict(zip(_COTANGENTS.get(case.function, ("dout", "dlse")), given, strict=False))
+    if "lse" in inspect.signature(backward).parameters and len(results) == 2:
+        more |= dict(zip(("out", "lse"), results, strict=True))
+    if case.function == "segment_mean":
+        arrays = {"seq": arrays["x"].shape[2]}
+    gradients = backward(**more, **arrays, **side, **case.options)
+    return gradients if isinstance(gradients, tuple) else (gradients,)
 
 
 def flat(arrays):

@@ -1,12 +1,11 @@
 """subquad.jax beyond hashing: every function is the plain one, bit for bit, under jit, grad and vmap."""
 
-import inspect
-
 import numpy as np
 import pytest
 
 import subquad
-from adapter_cases import ADAPTER_CASES, STATE_CASES, differentiable, flat, halves, regrouped
+from adapter_cases import ADAPTER_CASES, STATE_CASES, differentiable, flat, halves, plain_gradients, regrouped
+from sparse_adapter_cases import SPARSE_CASES
 
 jax = pytest.importorskip("jax", reason="jax is not installed")
 
@@ -14,10 +13,11 @@ import jax.numpy as jnp  # noqa: E402
 
 import subquad.jax as sj  # noqa: E402
 
-BY_NAME = {case.name: case for case in ADAPTER_CASES}
-FUNCTIONS = sorted({case.function for case in ADAPTER_CASES})
-ONE_EACH = [next(c for c in reversed(ADAPTER_CASES) if c.function == name) for name in FUNCTIONS]
-each = pytest.mark.parametrize("case", ADAPTER_CASES, ids=str)
+CASES = ADAPTER_CASES + SPARSE_CASES
+BY_NAME = {case.name: case for case in CASES}
+FUNCTIONS = sorted({case.function for case in CASES})
+ONE_EACH = [next(c for c in reversed(CASES) if c.function == name) for name in FUNCTIONS]
+each = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def to_jax(tree):
@@ -39,17 +39,6 @@ def cotangents(results):
     return [rng.standard_normal(r.shape).astype(r.dtype) for r in results]
 
 
-def plain_gradients(case, results, given):
-    backward = getattr(subquad, f"{case.function}_bwd")
-    more = {"dout": given[0]}
-    if len(given) == 2:
-        more["dlog_factor" if case.function == "feature_map" else "dlse"] = given[1]
-    if "lse" in inspect.signature(backward).parameters and len(results) == 2:
-        more |= dict(zip(("out", "lse"), results, strict=True))
-    arrays = {"seq": case.arrays["x"].shape[2]} if case.function == "segment_mean" else case.arrays
-    return as_tuple(backward(**more, **arrays, **case.side, **case.options))
-
-
 def equal(xs, ys):
     pairs = list(zip(jax.tree.leaves(xs), jax.tree.leaves(ys), strict=True))
     assert pairs
@@ -57,7 +46,8 @@ def equal(xs, ys):
 
 
 def test_every_function_is_here():
-    assert set(FUNCTIONS) | {"yoso_attention", "collision_attention"} == set(sj.__all__)
+    others = {"yoso_attention", "collision_attention", "sea_estimate", "teacher_blocks"}
+    assert set(FUNCTIONS) | others == set(sj.__all__)
 
 
 @each
@@ -65,7 +55,7 @@ def test_forward_and_gradients_are_the_plain_functions(case):
     values = flat(case.arrays)
     expected = run(case, values, subquad, lambda tree: tree)
     given = cotangents(differentiable(case, expected))
-    gradients = plain_gradients(case, expected, given)
+    gradients = plain_gradients(case, case.arrays, case.side, expected, given)
 
     def pull(values, given):
         results, pull = jax.vjp(lambda *values: differentiable(case, run(case, values)), *values)
@@ -86,7 +76,8 @@ def test_either_of_two_results_is_differentiated(name):
     for i in (0, 1):
         gradients = jax.jit(jax.grad(lambda values, i=i: run(case, values)[i].sum()))(values)
         given = [np.float32(j == i) * np.ones_like(x) for j, x in enumerate(run(case, values))]
-        assert equal(gradients, list(plain_gradients(case, run(case, flat(case.arrays), subquad, dict), given)))
+        expected = run(case, flat(case.arrays), subquad, dict)
+        assert equal(gradients, list(plain_gradients(case, case.arrays, case.side, expected, given)))
 
 
 def test_results_without_a_gradient_pass_none():

@@ -6,22 +6,27 @@ import numpy as np
 import pytest
 
 import subquad
-from adapter_cases import ADAPTER_CASES, BATCH, STATE_CASES, differentiable, flat, halves, regrouped
+from adapter_cases import ADAPTER_CASES, BATCH, STATE_CASES, differentiable, flat, halves, plain_gradients, regrouped
+from sparse_adapter_cases import SPARSE_CASES
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-import subquad.torch as st  # noqa: E402
+from torch.utils import _pytree  # noqa: E402
 
-BY_NAME = {case.name: case for case in ADAPTER_CASES}
-FUNCTIONS = sorted({case.function for case in ADAPTER_CASES})
-ONE_EACH = [next(c for c in reversed(ADAPTER_CASES) if c.function == name) for name in FUNCTIONS]
-CAST = [c for c in ONE_EACH if "q" in c.arrays]
-each = pytest.mark.parametrize("case", ADAPTER_CASES, ids=str)
+import subquad.torch as st  # noqa: E402
+from subquad._differentiable_sparse import flat_pattern  # noqa: E402
+
+CASES = ADAPTER_CASES + SPARSE_CASES
+BY_NAME = {case.name: case for case in CASES}
+FUNCTIONS = sorted({case.function for case in CASES})
+ONE_EACH = [next(c for c in reversed(CASES) if c.function == name) for name in FUNCTIONS]
+CAST = [c for c in ONE_EACH if {"q", "v"} <= set(c.arrays)]
+each = pytest.mark.parametrize("case", CASES, ids=str)
 one_each = pytest.mark.parametrize("case", ONE_EACH, ids=str)
 
 
-def to_torch(x):
-    return tuple(map(to_torch, x)) if isinstance(x, tuple) else torch.from_numpy(x.copy())
+def to_torch(tree):
+    return _pytree.tree_map(lambda x: torch.from_numpy(x.copy()), tree)
 
 
 def leaves(case, requires_grad=True):
@@ -29,7 +34,7 @@ def leaves(case, requires_grad=True):
 
 
 def keywords(case):
-    return {name: to_torch(x) for name, x in case.side.items()} | case.options
+    return to_torch(case.side) | case.options
 
 
 def as_tuple(x):
@@ -47,20 +52,6 @@ def cotangents(results):
     return [torch.from_numpy(rng.standard_normal(r.shape)).to(r.dtype) for r in results]
 
 
-def plain_gradients(case, values, results, given):
-    backward = getattr(subquad, f"{case.function}_bwd")
-    more = {"dout": given[0]}
-    if len(given) == 2:
-        more["dlog_factor" if case.function == "feature_map" else "dlse"] = given[1]
-    if "lse" in inspect.signature(backward).parameters and len(results) == 2:
-        more |= dict(zip(("out", "lse"), results, strict=True))
-    arrays = regrouped(case.arrays, [x.detach() for x in values])
-    if case.function == "segment_mean":
-        arrays = {"seq": arrays["x"].shape[2]}
-    with torch.no_grad():
-        return as_tuple(backward(**more, **arrays, **keywords(case)))
-
-
 def equal(xs, ys):
     return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
@@ -68,7 +59,7 @@ def equal(xs, ys):
 def test_every_function_is_here():
     names = {name for name in subquad.__all__ if f"{name}_bwd" in subquad.__all__}
     hidden = {"bucket_attention", "l2_normalize", "sampled_proposals", "mixture_proposals", "mixture_weights"}
-    assert names - hidden <= set(st.__all__) and set(FUNCTIONS) <= names
+    assert names - hidden <= set(st.__all__) and set(FUNCTIONS) <= names | {"expand_values", "block_sum"}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -90,9 +81,10 @@ def test_forward_and_gradients_are_the_plain_functions(case):
     given = cotangents(formed)
     assert [r.requires_grad for r in results] == [i < len(formed) for i in range(len(results))]
     gradients = torch.autograd.grad(formed, values, given)
-    expected = plain_gradients(case, values, [r.detach() for r in results], given)
+    arrays = regrouped(case.arrays, [x.detach() for x in values])
+    expected = plain_gradients(case, arrays, to_torch(case.side), [r.detach() for r in results], given)
     assert len(values) == len(expected) and equal(gradients, expected)
-    assert all((x != 0).any() for x in gradients)
+    assert sum(bool((x == 0).all()) for x in gradients) == case.num_zero
 
 
 @pytest.mark.parametrize("name", ["softmax_biased", "merge", "trig"])
@@ -193,10 +185,13 @@ def test_opcheck_and_compilation_with_a_state(case):
 def members(case):
     """The keywords of a case as the schema has them."""
     groups = st._ops.__dict__[case.function.upper()].function.groups
-    given = {name: to_torch(x) for name, x in case.side.items()}
+    given, options = to_torch(case.side), dict(case.options)
     for name, x in case.arrays.items():
         given |= zip(groups[name], to_torch(x), strict=True) if name in groups else {name: to_torch(x)}
-    options = dict(case.options)
+    if "pattern" in given:
+        parts = flat_pattern(case.function, given.pop("pattern"), given["q"], given["k"])
+        given |= {name: x for name, x in parts.items() if isinstance(x, torch.Tensor)}
+        options |= {name: x for name, x in parts.items() if isinstance(x, int)}
     if "noise_std" in options and not isinstance(options["noise_std"], str):
         options["noise_std_value"] = options.pop("noise_std")
     return given, options
@@ -341,7 +336,7 @@ def test_refusals(case):
     name = next(iter(case.arrays))
     with pytest.raises(TypeError, match=rf"\[{case.function}\] {name}: expected a torch tensor .*, got ndarray"):
         run(case, [values[0].detach().numpy(), *values[1:]])
-    if case.function != "merge_states":
+    if "out" in inspect.signature(getattr(subquad, case.function)).parameters:
         with pytest.raises(TypeError, match=rf"\[{case.function}\] out: expected None.*use subquad.{case.function}"):
             run(case, values, out=values[0])
     with pytest.raises(TypeError, match="float64"):

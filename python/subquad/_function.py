@@ -20,8 +20,9 @@ def _none(_given: Given) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Function:
-    """A function f and its f_bwd. Axes are letters, and equal letters are equal extents; " | " separates the ranks that
-    an array may have. `Given` is every array and option of a call by its name in this table.
+    """A function f and its f_bwd. Axes are letters, and equal letters are equal extents, or digits, extents themselves;
+    " | " separates the forms that an array may have. `Given` is every array and option of a call by its name in this
+    table.
 
     arrays: the differentiable arguments in the order of their gradients.
     optional: differentiable arguments that may be None; behind those of `arrays`, f_bwd gives a gradient for each that
@@ -31,14 +32,18 @@ class Function:
     results: of f, in its order; the first is `out`.
     dtypes: of the results, a name or that of the array named; default float32, for `out` that of the first array.
     extents: those letters of results that no array has.
+    sizes: the letters that options are the extents of.
     absent: the results that f does not give in a call; last_needs: what the last one takes, in words, and the arguments
         that decide it.
     differentiable: the results that have a cotangent: "d" + name is a keyword of f_bwd.
     saved: results that f_bwd takes, if f gives all of them.
     lengths: arrays with extents that follow from the number of tokens.
+    products: arrays whose extents follow from several others, so that no smaller call stands for this one.
     cast: the arrays that take autocast's dtype.
+    fills: integers that an array may always hold, where that is not 0.
     takes_out: whether f writes `out` into an array given by that name.
     forward, backward: f and f_bwd by keyword. f gives all of its results; backward None: f has no derivative.
+    no_gradient: what to do where f without a derivative is differentiated, in words.
     """
 
     name: str
@@ -51,13 +56,17 @@ class Function:
     results: dict[str, str] = field(default_factory=lambda: {"out": "B H N E"})
     dtypes: dict[str, str | Callable[[Given], str]] = field(default_factory=dict)
     extents: Callable[[Extents, Given], Extents] = _nothing_more
+    sizes: dict[str, str] = field(default_factory=dict)
     absent: Callable[[Given], tuple[str, ...]] = _none
     last_needs: tuple[str, tuple[str, ...]] = ("", ())
     differentiable: tuple[str, ...] = ("out",)
     saved: tuple[str, ...] = ()
     lengths: tuple[str, ...] = ()
+    products: tuple[str, ...] = ()
     cast: tuple[str, ...] = ()
+    fills: dict[str, int] = field(default_factory=dict)
     takes_out: bool = True
+    no_gradient: str = ""
 
     @property
     def op(self) -> str:
@@ -68,15 +77,22 @@ class Function:
     def all_arrays(self) -> dict[str, str]:
         return self.arrays | self.optional | self.constants
 
-    def axes(self, name: str, rank: int) -> list[str] | None:
-        """The axes of an argument or result of that rank; None where the table has none."""
+    def _forms(self, name: str) -> list[list[str]]:
         table = self.all_arrays | self.results
         name = name if name in table else name.removeprefix("d")
-        return next((axes.split() for axes in table.get(name, "").split(" | ") if len(axes.split()) == rank), None)
+        return [axes.split() for axes in table.get(name, "").split(" | ")]
+
+    def axes(self, name: str, shape: Any) -> list[str] | None:
+        """The axes of an argument or result of that shape; None where the table has none."""
+
+        def fits(axes: list[str]) -> bool:
+            return len(axes) == len(shape) and all(n == int(a) for a, n in zip(axes, shape, strict=True) if a.isdigit())
+
+        return next((axes for axes in self._forms(name) if fits(axes)), None)
 
     def is_batched(self, name: str, rank: int) -> bool:
         """Whether that argument has the batch axis, which is then its first."""
-        return (self.axes(name, rank) or [""])[0] == "B"
+        return any(len(axes) == rank and axes[0] == "B" for axes in self._forms(name) if axes)
 
     def result_shapes(self, given: Given) -> dict[str, tuple[Any, list[Any]]]:
         """dtype (an array's, or a name) and shape of each result that f gives."""
@@ -84,18 +100,19 @@ class Function:
         for name, axes in (self.constants | self.optional | self.arrays).items():
             if given.get(name) is not None:
                 shape = given[name].shape
-                letters = self.axes(name, len(shape))
+                letters = self.axes(name, shape)
                 if letters is None and name in self.arrays:
                     raise ValueError(f"[{self.op}] {name}: expected shape [{', '.join(axes.split())}], got {[*shape]}")
                 extents.update(zip(letters or (), shape, strict=False))
         extents |= self.extents(extents, given)
+        extents |= {axis: given[name] for name, axis in self.sizes.items() if given.get(name) is not None}
         shapes = {}
         for name in self.result_names(given):
             dtype = self.dtypes.get(name, next(iter(self.arrays)) if name == "out" else "float32")
             dtype = dtype if isinstance(dtype, str) else dtype(given)
             shapes[name] = (
                 given[dtype].dtype if dtype in given else dtype,
-                [extents[a] for a in self.results[name].split()],
+                [int(a) if a.isdigit() else extents[a] for a in self.results[name].split()],
             )
         return shapes
 
@@ -122,7 +139,11 @@ class Function:
         shown = [results["out"], *([results["lse"]] if return_lse else ()), *([state] if return_state else ())]
         return shown[0] if len(shown) == 1 else tuple(shown)
 
-    def state_error(self) -> str:
+    def constant_error(self) -> str:
+        """For a gradient through a function that has none."""
+        if self.no_gradient:
+            rule = "expected results that are not differentiated, got a gradient"
+            return f"[{self.op}] backward: {rule}: {self.no_gradient}"
         return (
             f"[{self.op}] backward: expected a call without state and return_state, got one with them: states are for "
             "decoding and not differentiated"

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from .. import _differentiable as plain
+from .. import _differentiable_sparse as sparse
 from .._arrays import Jax, framework_of
 from .._function import Function
 from . import _ffi
@@ -72,27 +73,32 @@ class Operator:
         one token. Where shapes disagree or an argument is refused, it runs on the true shapes, so that its sentence has
         them; that fails before any work and takes no memory."""
         f = self.function
+        if any(name in arrays for name in f.products):
+            return  # the custom call raises them when it runs
         shapes = {name: tuple(x.shape) for name, x in arrays.items() if name != "seed"}
         seed = {"seed": 0} if "seed" in arrays else {}
 
-        def run(shapes: dict[str, tuple[int, ...]], make: Callable[..., Any]) -> None:
-            # Integers are numbers of tokens, of which there may be one.
-            ones = {x: make(shape, arrays[x].dtype.kind != "i", arrays[x].dtype) for x, shape in shapes.items()}
-            f.run(**ones, **seed, **options)
+        def run(shapes: dict[str, tuple[int, ...]], make: Callable[..., Any], **sizes: int) -> None:
+            # Most integers are numbers of tokens, of which there may be one.
+            values = {x: f.fills.get(x, 0) if arrays[x].dtype.kind == "i" else 1 for x in shapes}
+            ones = {x: make(shape, values[x], arrays[x].dtype) for x, shape in shapes.items()}
+            f.run(**ones, **seed, **(options | sizes))
 
         def broadcast(shape: tuple[int, ...], value: Any, dtype: Any) -> Any:
             return np.broadcast_to(np.full(shape[-1:], value, dtype), shape)
 
-        axes = {name: f.axes(name, len(shape)) for name, shape in shapes.items()}
-        extents: dict[str, int] = {}
+        axes = {name: f.axes(name, shape) for name, shape in shapes.items()}
+        sizes = {name: axis for name, axis in f.sizes.items() if type(options.get(name)) is int}
+        extents = {axis: options[name] for name, axis in sizes.items()}
         for name, letters in axes.items():
             known = zip(letters or (), shapes[name], strict=False)
             if (letters is None and f.all_arrays[name]) or any(extents.setdefault(a, n) != n for a, n in known):
                 return run(shapes, broadcast)
         tokens = {"B"} if any(name in arrays for name in f.lengths) else {"B", "N", "M", "N2"}
         extents = {a: min(n, 1) if a in tokens else n for a, n in extents.items()}
+        cut = {x: tuple(extents[a] for a in letters) for x, letters in axes.items() if letters}
         try:
-            run(shapes | {x: tuple(extents[a] for a in letters) for x, letters in axes.items() if letters}, np.full)
+            run(shapes | cut, np.full, **{name: extents[axis] for name, axis in sizes.items()})
         except (TypeError, ValueError) as error:
             run(shapes, broadcast)
             raise error
@@ -110,7 +116,7 @@ class Operator:
     def _gradient(self, options: str, saved: Any, cotangents: tuple[Any, ...]) -> Any:
         f, (arrays, results), given = self.function, saved, json.loads(options)
         if f.backward is None:
-            raise RuntimeError(f.state_error())
+            raise RuntimeError(f.constant_error())
         names = f.result_names(arrays | given)
         doubts = {f"d{name}": x for name, x in zip(names, cotangents, strict=True) if name in f.differentiable}
         wanted = list(f.gradients(arrays))
@@ -133,7 +139,10 @@ class Operator:
     ) -> tuple[Any, ...]:
         if _has_values(arrays):
             return _ffi.plain(name, arrays, options)
-        batched = {x for x in batched if x in arrays and self.function.is_batched(x, np.ndim(arrays[x]))}
+        f = self.function
+        batched = {x for x in batched if x in arrays and f.is_batched(x, np.ndim(arrays[x]))}
+        if any(name in arrays for name in f.products):
+            batched = set()
         return _ffi.call(name, arrays, options, results, batched=batched, takes_out=takes_out)
 
 
@@ -156,3 +165,14 @@ RANDOMIZED_ATTENTION = Operator(plain.RANDOMIZED_ATTENTION)
 LARA_ATTENTION = Operator(plain.LARA_ATTENTION)
 EVA_ATTENTION = Operator(plain.EVA_ATTENTION)
 EVA_ATTENTION_STATE = Operator(plain.EVA_ATTENTION_STATE)
+SPARSE_ATTENTION = Operator(sparse.SPARSE_ATTENTION)
+SEA_ATTENTION = Operator(sparse.SEA_ATTENTION)
+RUNNING_MEAN = Operator(sparse.RUNNING_MEAN)
+RUNNING_MEAN_STATE = Operator(sparse.RUNNING_MEAN_STATE)
+BLOCK_POOL = Operator(sparse.BLOCK_POOL)
+EXPAND_VALUES = Operator(sparse.EXPAND_VALUES)
+BLOCK_SUM = Operator(sparse.BLOCK_SUM)
+ATTENTION_DIVERGENCE = Operator(sparse.ATTENTION_DIVERGENCE)
+TEACHER_BLOCKS = Operator(sparse.TEACHER_BLOCKS)
+SEA_ESTIMATE = Operator(sparse.SEA_ESTIMATE)
+SEA_ESTIMATE_STATE = Operator(sparse.SEA_ESTIMATE_STATE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .. import _differentiable as plain
+from .. import _differentiable_sparse as sparse
 from ._register import Operator
 
 _SEED = "SymInt seed=0, Tensor? seed_tensor=None"
@@ -43,3 +44,21 @@ LARA_ATTENTION = Operator(
 )
 EVA_ATTENTION = Operator(plain.EVA_ATTENTION, _EVA)
 EVA_ATTENTION_STATE = Operator(plain.EVA_ATTENTION_STATE, _EVA)
+
+_SEA = (
+    "float top_k=64.0, str group='row_heads', float? scale=None, bool is_causal=False, str budget='code', "
+    "SymInt? block_cap=None"
+)
+_CAUSAL = "bool is_causal=False"
+
+SPARSE_ATTENTION = Operator(sparse.SPARSE_ATTENTION, "SymInt columns=0, SymInt block_cap=0, float? scale=None")
+SEA_ATTENTION = Operator(sparse.SEA_ATTENTION, _SEA)
+RUNNING_MEAN = Operator(sparse.RUNNING_MEAN, "SymInt? num_queries=None")
+RUNNING_MEAN_STATE = Operator(sparse.RUNNING_MEAN_STATE, "SymInt? num_queries=None")
+BLOCK_POOL = Operator(sparse.BLOCK_POOL, "")
+EXPAND_VALUES = Operator(sparse.EXPAND_VALUES, f"SymInt num_keys, {_CAUSAL}")
+BLOCK_SUM = Operator(sparse.BLOCK_SUM, f"SymInt num_columns, {_CAUSAL}")
+ATTENTION_DIVERGENCE = Operator(sparse.ATTENTION_DIVERGENCE, f"float? scale=None, float? scale_teacher=None, {_CAUSAL}")
+TEACHER_BLOCKS = Operator(sparse.TEACHER_BLOCKS, f"SymInt num_columns, float? scale=None, {_CAUSAL}")
+SEA_ESTIMATE = Operator(sparse.SEA_ESTIMATE, _CAUSAL)
+SEA_ESTIMATE_STATE = Operator(sparse.SEA_ESTIMATE_STATE, _CAUSAL)

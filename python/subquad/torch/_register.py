@@ -49,6 +49,7 @@ class Operator:
             save=self._save,
             gradient=self._gradient if f.backward else self._no_gradient,
             is_batched=f.is_batched,
+            products=f.products,
             cast=f.cast,
         )
         if not f.backward:
@@ -63,6 +64,7 @@ class Operator:
             save=lambda ctx, inputs, output: None,
             gradient=self._second_gradient,
             is_batched=f.is_batched,
+            products=f.products,
             summed=tuple(f.optional),
         )
 
@@ -164,7 +166,7 @@ class Operator:
         given = self.op.named(tuple(values))
         dout, *others = cotangents[: len(f.differentiable)]
         if dout is None:
-            dtype, shape = f.result_shapes(given)["out"]
+            dtype, shape = f.result_shapes(given)[f.differentiable[0]]
             dout = values[0].new_zeros(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         others = [None if x is None else _with_contiguous_rows(x) for x in others]
         gradients = self.op_bwd(_with_contiguous_rows(dout), *others, *values, *saved)
@@ -172,7 +174,7 @@ class Operator:
         return tuple(formed.get(name) if x is not None else None for name, x in given.items())
 
     def _no_gradient(self, _ctx: Any, *_cotangents: Tensor) -> None:
-        raise RuntimeError(self.function.state_error())
+        raise RuntimeError(self.function.constant_error())
 
     def _second_gradient(self, _ctx: Any, *_gradients: Tensor) -> None:
         raise RuntimeError(
@@ -227,6 +229,7 @@ class TorchOp:
 
     is_batched: whether an argument of that name and rank has a leading batch axis.
     summed: arguments that, without a batch axis, get results that are sums over the batch.
+    products: arguments without a batch axis whose extents depend on the batch.
     cast: the arrays that autocast casts.
     """
 
@@ -240,6 +243,7 @@ class TorchOp:
         gradient: Callable[..., Any],
         is_batched: Callable[[str, int], bool],
         summed: Sequence[str] = (),
+        products: Sequence[str] = (),
         cast: Sequence[str] = (),
     ):
         name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -259,7 +263,7 @@ class TorchOp:
             (name, kind, exact.get(kind), optional, default)
             for name, (kind, optional), default in zip(self.names, kinds, self.defaults, strict=True)
         ]
-        self.is_batched, self.summed = is_batched, summed
+        self.is_batched, self.summed, self.products = is_batched, summed, products
         self.cast = [self.names.index(name) for name in cast]
 
         def forward_and_save(ctx: Any, *values: Any) -> Any:
@@ -323,7 +327,10 @@ class TorchOp:
     def _autocast(self, device: str, *values: Any) -> Any:
         """As in a matrix product; sums are float32 in any case, and so are biases, gates, noise and projections."""
         dtype = torch.get_autocast_dtype(device)
-        cast = [x.to(dtype) if i in self.cast and x.dtype != torch.float64 else x for i, x in enumerate(values)]
+        cast = [
+            x if i not in self.cast or x is None or x.dtype == torch.float64 else x.to(dtype)
+            for i, x in enumerate(values)
+        ]
         with torch.autocast(device, enabled=False):
             return self._call(*cast)
 
@@ -338,7 +345,10 @@ class TorchOp:
             for name, x, dim in placed
             if isinstance(x, Tensor) and self.is_batched(name, x.ndim - (dim is not None))
         }
-        sums = any(name in self.summed and x is not None and name not in batched for name, x, _ in placed)
+        sums = any(
+            x is not None and (name in self.products or (name in self.summed and name not in batched))
+            for name, x, _ in placed
+        )
 
         def fold(x: Tensor, dim: int | None) -> Tensor:
             x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)

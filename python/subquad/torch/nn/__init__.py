@@ -3,6 +3,7 @@
 from .eva import EvaAttention
 from .lara import LaraAttention
 from .rfa import RfaAttention
+from .sea import SeaAttention
 from .yoso import YosoAttention
 
-__all__ = ["EvaAttention", "LaraAttention", "RfaAttention", "YosoAttention"]
+__all__ = ["EvaAttention", "LaraAttention", "RfaAttention", "SeaAttention", "YosoAttention"]
