@@ -12,6 +12,7 @@ from bench.timing import Loaded
 NAMES = {
     "yoso": "YOSO against exact attention: every speed figure of the README",
     "softmax": "exact attention, RFA, RA, LARA and EVA against torch's exact attention",
+    "sparse": "sparse attention, selection and SEA against torch's exact attention, gather, sort",
     "border": "nanoseconds to convert one and three arrays, per framework",
     "machine": "copy bandwidth, multiply-add and exp peaks of this machine",
 }
@@ -24,12 +25,12 @@ def main(argv: list[str] | None = None) -> int:
         description=f"{__doc__}\n\n{names}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--base", metavar="REF", help="measure that commit too and compare (yoso and softmax)")
+    parser.add_argument("--base", metavar="REF", help="measure that commit too and compare (yoso, softmax and sparse)")
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options of that measurement, see NAME --help")
     args = parser.parse_args(argv)
-    if args.base and args.name not in ("yoso", "softmax"):
-        parser.error(f"--base compares the lines of yoso and softmax, {args.name} has none")
+    if args.base and args.name not in ("yoso", "softmax", "sparse"):
+        parser.error(f"--base compares the lines of yoso, softmax and sparse, {args.name} has none")
     try:
         if args.base:
             return against(args.base, args.name, args.options)

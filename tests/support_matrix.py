@@ -1,7 +1,7 @@
 """The support matrix of the README, found by trying: `python tests/support_matrix.py --write` puts it there.
 
 Every cell is a call with small arrays: a tick if it returns a result of the right framework, a dash if it raises
-subquad.UnsupportedError or the function has no such keyword.
+subquad.UnsupportedError, wants as many key heads as query heads, or the function has no such keyword.
 """
 
 from __future__ import annotations
@@ -45,6 +45,12 @@ def make_jax(x, dtype):
     return jax.numpy.asarray(x, dtype)
 
 
+def like(q, x):
+    """x in the framework of q."""
+    make = {"torch": make_torch, "jax": make_jax, "jaxlib": make_jax}.get(type(q).__module__.split(".")[0], make_numpy)
+    return make(x, x.dtype.name)
+
+
 # How to call each attention: q, k, v and keywords to a result.
 ATTENTIONS = {
     "softmax_attention": subquad.softmax_attention,
@@ -58,7 +64,10 @@ ATTENTIONS = {
         q, k, v, hash_bits=3, expectation=True, **kw
     ),
     "collision_attention": lambda q, k, v, **kw: subquad.collision_attention(q, k, v, 3, **kw),
+    "sparse_attention": lambda q, k, v, **kw: subquad.sparse_attention(q, k, v, like(q, KEYS), **kw),
+    "sea_attention": lambda q, k, v, **kw: subquad.sea_attention(q, k, v, like(q, PROBS), **kw),
 }
+KEYS, PROBS = np.zeros((1, 4, 6, 3), np.int32), np.full((1, 4, 6, 4), 0.25, np.float32)
 
 
 def works(call) -> bool:
@@ -67,16 +76,17 @@ def works(call) -> bool:
         return True
     except (subquad.UnsupportedError, NotImplementedError):
         return False
-    except TypeError as error:
-        if "unexpected keyword" in str(error):
+    except (TypeError, ValueError) as error:
+        if "unexpected keyword" in str(error) or "k: expected shape [B, H, M, D]" in str(error):
             return False
         raise
 
 
-def cells(name: str, attention) -> list[bool]:
+def cells(name: str, attention) -> list[bool | str]:
     function = getattr(subquad, name.split()[0])
     parameters = inspect.signature(function).parameters
     mask = np.ones((1, 6), bool)
+    by_pattern = "by the pattern" if "pattern" in parameters else False
     q, k, v = inputs(make_numpy)
     return [
         *(works(lambda make=make: attention(*inputs(make))) for make in (make_numpy, make_torch, make_jax)),
@@ -84,8 +94,8 @@ def cells(name: str, attention) -> list[bool]:
             works(lambda dtype=dtype: attention(*inputs(make_numpy, dtype)))
             for dtype in ("float32", "float16", "bfloat16")
         ),
-        works(lambda: attention(q, k, v, is_causal=True)),
-        "key_mask" in parameters and works(lambda: attention(q, k, v, key_mask=mask)),
+        by_pattern or works(lambda: attention(q, k, v, is_causal=True)),
+        by_pattern or ("key_mask" in parameters and works(lambda: attention(q, k, v, key_mask=mask))),
         works(lambda: attention(*inputs(make_numpy, heads_kv=2))),
         hasattr(subquad, name.split()[0] + "_bwd"),
         *(hasattr(importlib.import_module(f"subquad.{part}"), name.split()[0]) for part in ("torch", "jax")),
@@ -111,7 +121,7 @@ def table() -> str:
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for name, attention in ATTENTIONS.items():
-        ticks = ["yes" if cell else "no" for cell in cells(name, attention)]
+        ticks = [cell if isinstance(cell, str) else "yes" if cell else "no" for cell in cells(name, attention)]
         lines.append("| " + " | ".join([f"`{name}`", *ticks, "no"]) + " |")
     return "\n".join(lines)
 

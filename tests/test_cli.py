@@ -22,7 +22,8 @@ from subquad.cli import console
 
 DEFAULT_NAMES = [
     "exact", "rfa-64", "rfa-256", "rfa-hyperbolic-128", "ra-1", "ra-4", "lara-16", "lara-49", "eva-64x64", "eva-128x16",
-    "yoso-e8", "yoso-16x8", "yoso-32x8", "yoso-32x9", "yoso-64x9", "yoso-128x9",
+    "sea-64x64", "sea-128x128", "topk-64", "topk-256", "yoso-e8", "yoso-16x8", "yoso-32x8", "yoso-32x9", "yoso-64x9",
+    "yoso-128x9",
 ]  # fmt: skip
 
 
@@ -152,6 +153,7 @@ def test_a_reader_that_leaves(no_torch, tmp_path):
 def compared(no_torch, tmp_path_factory):
     """One comparison on the start of the sample, shared by the tests below: (document, rows by name)."""
     names = "exact,yoso-e6,yoso-4x6,yoso-32x6,yoso-256x6,ra-2,ra-32,rfa-64,rfa-trig-64,lara-9,eva-64x64,eva-256x64"
+    names += ",topk-16,topk-256,sea-32x16,sea-256x256"
     arguments = ["compare", "--seq", "256", "--repeats", "3", "--rows", names, "--seed", "7", "--json"]
     document = json.loads(answer(start(arguments, tmp_path_factory.mktemp("compared"), no_torch, {})))
     assert [row["name"] for row in document["rows"]] == names.split(",")
@@ -198,6 +200,16 @@ def test_compare_errors_of_what_estimates_softmax(compared):
     assert rows["eva-256x64"]["error"] < 1e-5  # one block of all 256 tokens
 
 
+def test_compare_errors_and_memory_of_what_an_oracle_selects(compared):
+    _, rows = compared
+    for name, all_keys in (("topk-16", "topk-256"), ("sea-32x16", "sea-256x256")):
+        row = rows[name]
+        assert "oracle" in row["method"] and row["estimates"] == "softmax attention"
+        assert row["softmax_error"] == row["error"] > 0.02 and rows[all_keys]["error"] < 1e-5
+        # neither the 1 MiB of logits nor what was selected is part of the call
+        assert row["memory_mib"] is None or row["memory_mib"] < 1
+
+
 def test_compare_repeats_itself_but_for_times(compared, command):
     document, rows = compared
 
@@ -224,6 +236,17 @@ def test_compare_table(command):
     filled = " ".join(text.split())
     for words in ("median of 1 call after", "own, not an approximation of softmax", "torch cannot be imported"):
         assert words in filled
+    assert "oracle" not in filled
+
+
+def test_what_an_oracle_leaves_out_is_said(command):
+    small = ["--heads", "1", "--dim", "8", "--min", "32", "--max", "64"]
+    for arguments in (["compare", "--seq", "64", "--repeats", "1"], ["crossover", *small]):
+        text = answer(command(*arguments, "--rows", "topk-8,sea-8x8"))
+        assert "oracle: what is attended to was selected by the exact attention" in " ".join(text.split())
+        assert max(map(len, text.splitlines())) <= console.WIDTH
+        assert "top-k (oracle), 8 keys" in text and "SEA (oracle), 8 columns, 8 keys" in text
+    assert "oracle" not in answer(command("crossover", *small, "--rows", "yoso-1x4"))
 
 
 def test_compare_runs_the_table_without_torch(command):
@@ -247,13 +270,14 @@ def test_compare_with_torch(command):
 def test_compare_on_npz(command, tmp_path):
     np.savez(tmp_path / "qkv.npz", other=np.zeros(3), **random_arrays(seq_k=50))
     done = command(
-        "compare", "--input", "qkv.npz", "--repeats", "1", "--rows", "yoso-4x4,yoso-e4,lara-5,eva-8x4", "--json"
-    )
+        "compare", "--input", "qkv.npz", "--repeats", "1", "--rows",
+        "yoso-4x4,yoso-e4,lara-5,eva-8x4,topk-50,sea-50x50", "--json"
+    )  # fmt: skip
     document = json.loads(answer(done))
     assert document["input"] == {
         "source": "qkv.npz", "q": [2, 4, 40, 8], "k": [2, 2, 50, 8], "v": [2, 2, 50, 12], "dtype": "float32"
     }  # fmt: skip
-    assert all(row["error"] < 1e-5 for row in document["rows"] if not row["budget"])
+    assert all(row["error"] < 1e-5 for row in document["rows"] if not row["budget"] or "50" in row["name"])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -298,12 +322,13 @@ def test_progress_only_where_somebody_watches(no_torch, tmp_path):
 
 
 def test_crossover_json(command):
-    arguments = ["--heads", "1", "--dim", "8", "--min", "16", "--max", "96", "--rows", "yoso-1x4,eva-8x8,ra-1"]
+    arguments = ["--heads", "1", "--dim", "8", "--min", "16", "--max", "96", "--rows",
+                 "yoso-1x4,eva-8x8,ra-1,topk-8,sea-8x8"]  # fmt: skip
     document = json.loads(answer(command("crossover", *arguments, "--threads", "1", "--json")))
     assert (document["dim"], document["heads"], document["min"], document["max"]) == (8, 1, 16, 96)
     assert document["exact"] == {"name": "exact", "label": "softmax (subquad)"}
     assert document["machine"]["threads"] == {"subquad": 1}
-    assert [row["name"] for row in document["rows"]] == ["yoso-1x4", "eva-8x8", "ra-1"]
+    assert [row["name"] for row in document["rows"]] == ["yoso-1x4", "eva-8x8", "ra-1", "topk-8", "sea-8x8"]
     for row in document["rows"]:
         status = ("quadratic",) if row["name"] == "ra-1" else ("always", "crossed", "never")
         assert row["status"] in status and (row["n"] is None) == (row["status"] in ("never", "quadratic"))

@@ -32,6 +32,11 @@ def test_mistakes_in_arguments(capsys):
         (["compare", "--rows", "lara-0"], "unknown row 'lara-0'"),
         (["compare", "--rows", "rfa-relu-8"], "unknown row 'rfa-relu-8'"),
         (["compare", "--rows", "ra-1025"], "unknown row 'ra-1025'"),
+        (["compare", "--rows", "sea-64"], "unknown row 'sea-64'"),
+        (["compare", "--rows", "sea-65537x1"], "unknown row 'sea-65537x1'"),
+        (["compare", "--rows", "sea-64x0"], "unknown row 'sea-64x0'"),
+        (["compare", "--rows", "topk-2147483648"], "unknown row 'topk-2147483648'"),
+        (["crossover", "--rows", "topk-0"], "unknown row 'topk-0'"),
         (["compare", "--rows", ""], "unknown row ''"),
         (["compare", "--input", "nowhere.npz"], "--input: no such file: nowhere.npz"),
         (["crossover", "--min", "9", "--max", "8"], "--min: expected at most --max = 8, got 9"),
@@ -256,6 +261,10 @@ def test_rows_have_names_of_their_own():
         "lara-7": "LARA, 7 landmarks",
         "eva-12x4": "EVA, window 12, chunk 4",
         "eva-4x12": "EVA, window 4, chunk 12",
+        "sea-12x5": "SEA (oracle), 12 columns, 5 keys",
+        "sea-1x1": "SEA (oracle), 1 column, 1 key",
+        "topk-7": "top-k (oracle), 7 keys",
+        "topk-1": "top-k (oracle), 1 key",
     }.items():
         made = methods.find_row(name)
         assert (made.name, made.label, made.target) == (name, label, methods.SOFTMAX)
@@ -274,6 +283,39 @@ def test_every_row_runs(name):
         assert out.shape == (2, 4, 40, 12) and out.dtype == np.float32 and np.isfinite(out).all()
     error = measure.relative_error(row.estimate(q, k, v, 3), row.target.compute(q, k, v, np.arange(40)))
     assert error < (5 if row.budget else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_rows_with_an_oracle(dtype):
+    """More keys, less error; all keys, exact: also with shared key heads and more keys than queries."""
+    q, k, v = random_arrays(dtype, seq_k=50).values()
+    exact = reference.softmax_attention(q, k, v)
+    for names in (["topk-1", "topk-5", "topk-49", "topk-50"], ["sea-8x2", "sea-8x30", "sea-8x51", "sea-64x50"]):
+        rows = [methods.find_row(name) for name in names]
+        assert all(row.prepare is not None and not row.quadratic for row in rows)
+        errors = [measure.relative_error(row.run(q, k, v, 0), exact) for row in rows]
+        assert errors[0] > errors[1] > errors[-1] and errors[-1] < (1e-5 if dtype == np.float32 else 2e-3), errors
+        np.testing.assert_array_equal(rows[1].run(q, k, v, 0), rows[1].run(q, k, v, 1))
+
+
+def test_an_oracle_is_asked_once_per_input():
+    asked = []
+    oracle = methods._Oracle(lambda q, k: asked.append(q) or len(asked))
+    a, b = np.ones(2), np.ones(2)
+    assert [oracle(a, a), oracle(a, a), oracle(a, b), oracle(a, b), oracle(b, b), oracle(a, a)] == [1, 1, 2, 2, 3, 4]
+    row = methods.topk(3)
+    q, k, v = random_arrays().values()
+    assert row.prepare(q, k) is row.prepare(q, k)
+
+
+def test_the_largest_logits_a_few_queries_at_a_time():
+    rng = np.random.default_rng(0)
+    q, k = rng.standard_normal((2, 2, 9, 3), np.float32), rng.standard_normal((2, 1, 2**20, 3), np.float32)
+    found = methods._largest(q, k, 5)  # four queries at a time
+    assert found.shape == (2, 2, 9, 5) and found.dtype == np.int32
+    for b, h, n in ((0, 0, 0), (1, 1, 3), (0, 1, 4), (1, 0, 8)):
+        logits = k[b, 0].astype(np.float64) @ q[b, h, n]
+        np.testing.assert_array_equal(found[b, h, n], np.sort(np.argsort(-logits)[:5]))
 
 
 def test_what_grows_as_exact_attention_does_is_not_searched():

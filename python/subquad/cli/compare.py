@@ -124,6 +124,9 @@ def library(call: Callable[[], Any]) -> Any:
 
 
 def _call(row: methods.Row, inputs: Inputs, seed: int) -> Callable[[], Any]:
+    if row.prepare is not None:
+        prepare = row.prepare
+        library(lambda: prepare(inputs.q, inputs.k))
     return lambda: library(lambda: row.run(inputs.q, inputs.k, inputs.v, seed))
 
 
@@ -191,6 +194,7 @@ def _notes(document: dict[str, Any]) -> list[str]:
         "approximation of softmax: its cosine is no error.",
         *methods.baseline_note(exact["name"]),
     ]
+    notes += methods.oracle_note(rows)
     if any(row["memory_mib"] is None for row in rows):
         notes.append("memory: -: this system does not tell a process its peak memory.")
     if document["machine"]["note"]:

@@ -166,6 +166,7 @@ def _text(document: dict[str, Any]) -> str:
         f"1/{_RESOLUTION} of itself.",
         "How well a method approximates softmax attention, if it does, is another question: see `subquad compare`.",
         *methods.baseline_note(exact["name"]),
+        *methods.oracle_note(document["rows"]),
     ]
     if document["machine"]["note"]:
         notes.append(f"{document['machine']['note']}.")

@@ -26,6 +26,8 @@ MAX_FEATURES = 4096
 MAX_SAMPLES = 1024
 MAX_LANDMARKS = 65536
 MAX_WINDOW = 10**9
+MAX_COLUMNS = 65536
+MAX_KEYS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Row:
     name: as --rows takes it. method, budget: as the table shows them; no budget means exact but for rounding.
     run(q, k, v, seed): the output, in numpy. raw: what is compared with the target, where that is not the output.
     needs: the module that it cannot do without. quadratic: its time grows as N^2, as that of exact attention does.
+    prepare: what run takes for given on these q and k, formed before it is timed.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Row:
     raw: Callable[[Array, Array, Array, int], Array] | None = None
     needs: str | None = None
     quadratic: bool = False
+    prepare: Callable[[Array, Array], Any] | None = None
 
     @property
     def label(self) -> str:
@@ -141,6 +145,56 @@ def eva(window: int, chunk: int) -> Row:
     return Row(f"eva-{window}x{chunk}", "EVA", f"window {window}, chunk {chunk}", SOFTMAX, run)
 
 
+class _Oracle:
+    """What a perfect estimate would select, kept for the arrays that it was asked for last."""
+
+    def __init__(self, select: Callable[[Array, Array], Any]):
+        self.select = select
+        self.arrays: tuple[Array, Array] | None = None
+        self.selected: Any = None
+
+    def __call__(self, q: Array, k: Array) -> Any:
+        if self.arrays is None or self.arrays[0] is not q or self.arrays[1] is not k:
+            self.arrays, self.selected = (q, k), self.select(q, k)
+        return self.selected
+
+
+def sea(columns: int, top_k: int) -> Row:
+    """SEA with the exact attention, summed over blocks of keys, in place of the trained estimate."""
+    oracle = _Oracle(lambda q, k: subquad.teacher_blocks(q, k, columns)[0])
+
+    def run(q: Array, k: Array, v: Array, seed: int) -> Any:
+        probs, group = oracle(q, k), q.shape[1] // max(k.shape[1], 1)
+        if group > 1:
+            k, v = (np.repeat(x, group, axis=1) for x in (k, v))
+        return subquad.sea_attention(q, k, v, probs, top_k=top_k)
+
+    budget = f"{columns} column{'s' * (columns > 1)}, {top_k} key{'s' * (top_k > 1)}"
+    return Row(f"sea-{columns}x{top_k}", "SEA (oracle)", budget, SOFTMAX, run, prepare=oracle)
+
+
+def topk(keys: int) -> Row:
+    """The keys of the largest logits."""
+    oracle = _Oracle(lambda q, k: _largest(q, k, keys))
+
+    def run(q: Array, k: Array, v: Array, seed: int) -> Any:
+        return subquad.sparse_attention(q, k, v, oracle(q, k))
+
+    return Row(f"topk-{keys}", "top-k (oracle)", f"{keys} key{'s' * (keys > 1)}", SOFTMAX, run, prepare=oracle)
+
+
+def _largest(q: Array, k: Array, keys: int) -> Array:
+    """The `keys` keys of the largest logits of every query [B, H, N, keys], a few queries at a time."""
+    group, keys = q.shape[1] // max(k.shape[1], 1), min(keys, k.shape[2])
+    turned = np.repeat(k.astype(np.float32), group, axis=1).swapaxes(2, 3)
+    step = max(1, 2**22 // max(k.shape[2], 1))
+    parts = [
+        subquad.topk_select(np.ascontiguousarray(q[:, :, n : n + step].astype(np.float32) @ turned), keys)
+        for n in range(0, q.shape[2], step)
+    ]
+    return np.concatenate(parts, axis=2)
+
+
 # Exact attention: the first of these that can run is what speed-ups are against.
 EXACT = (
     Row("sdpa", "softmax, SDPA (torch)", "", SOFTMAX, _torch_sdpa, needs="torch", quadratic=True),
@@ -158,6 +212,10 @@ ROWS = (
     lara(49),
     eva(64, 64),
     eva(128, 16),
+    sea(64, 64),
+    sea(128, 128),
+    topk(64),
+    topk(256),
     yoso_e(8),
     yoso(16, 8),
     yoso(32, 8),
@@ -192,6 +250,14 @@ def _family_eva(window: str, chunk: str) -> Row | None:
     return eva(int(window), int(chunk))
 
 
+def _family_sea(columns: str, keys: str) -> Row | None:
+    return sea(int(columns), int(keys)) if _in(1, MAX_COLUMNS, columns) and _in(1, MAX_KEYS, keys) else None
+
+
+def _family_topk(keys: str) -> Row | None:
+    return topk(int(keys)) if _in(1, MAX_KEYS, keys) else None
+
+
 def _family_yoso_e(bits: str) -> Row | None:
     return yoso_e(int(bits)) if _in(1, MAX_BITS, bits) else None
 
@@ -207,6 +273,8 @@ FAMILIES = (
     (r"ra-(\d{1,6})", _family_ra, f"ra-SAMPLES (1..{MAX_SAMPLES})"),
     (r"lara-(\d{1,6})", _family_lara, f"lara-LANDMARKS (1..{MAX_LANDMARKS})"),
     (r"eva-(\d{1,10})x(\d{1,10})", _family_eva, "eva-WINDOWxCHUNK (one divides the other)"),
+    (r"sea-(\d{1,6})x(\d{1,10})", _family_sea, f"sea-COLUMNSxKEYS (COLUMNS in 1..{MAX_COLUMNS})"),
+    (r"topk-(\d{1,10})", _family_topk, "topk-KEYS"),
     (r"yoso-e(\d{1,3})", _family_yoso_e, f"yoso-eBITS (BITS in 1..{MAX_BITS})"),
     (r"yoso-(\d{1,6})x(\d{1,3})", _family_yoso, f"yoso-HASHESxBITS (HASHES in 1..{MAX_HASHES})"),
 )  # fmt: skip
@@ -268,3 +336,13 @@ def choose(wanted: Sequence[str] | None) -> list[Row]:
 def baseline_note(exact: str) -> list[str]:
     """Where torch is absent, what speed-ups are against."""
     return [] if exact == "sdpa" else ["torch cannot be imported: exact attention is that of subquad here."]
+
+
+def oracle_note(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What rows with an oracle leave out, if there are any among those of a document."""
+    if not any("oracle" in row["label"] for row in rows):
+        return []
+    return [
+        "oracle: what is attended to was selected by the exact attention, before the time was taken: what a perfect "
+        "estimate or index would give, which has a cost and errors of its own."
+    ]
