@@ -288,3 +288,17 @@ def test_closed_gates_and_wrong_ones(isa):
         for name in ("gate", "decay"):
             with pytest.raises(ValueError, match=rf"^\[linear_attention\] {name}: expected"):
                 subquad.linear_attention(fq, fk, v, **{name: bad * ones}, **keywords)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_equal_features_give_means_and_ones_stay_ones(causal, isa):
+    rng = np.random.default_rng(0)
+    features, v = np.full((2, 3, 70, 5), 0.3, np.float32), rng.standard_normal((2, 3, 70, 4), np.float32)
+    keep = rng.random((2, 70)) < 0.7
+    keep[:, 0] = True
+    out = subquad.linear_attention(features, features, v, is_causal=causal, key_mask=keep)
+    means = subquad.running_mean(v, key_mask=keep)
+    np.testing.assert_allclose(out, means if causal else np.broadcast_to(means[:, :, -1:], v.shape), atol=1e-6)
+    fq, fk = rng.random((2, 2, 3, 70, 5), np.float32)
+    ones = subquad.linear_attention(fq, fk, np.ones_like(v), is_causal=causal, key_mask=keep)
+    np.testing.assert_allclose(ones, 1, rtol=1e-6)

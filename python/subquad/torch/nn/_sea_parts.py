@@ -69,7 +69,10 @@ def _causal_context(q: Tensor, k: Tensor, v: Tensor, w: Weights, ranks: Ranks) -
     position = w["position"][: ranks.seq]
     # behind the table there is only padding
     values = _with_ones(F.pad(position, (0, 0, 0, ranks.seq - position.shape[0])), v)
-    sums = linear_attention(fq, ranks.only_valid(fk), values, is_causal=True, normalize=False)
+    fk = ranks.only_valid(fk)
+    # linear_attention takes 512 columns of values at a time
+    parts = [linear_attention(fq, fk, x, is_causal=True, normalize=False) for x in values.split(512, -1)]
+    sums = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     return sums[..., :-1] / (sums[..., -1:] + 1e-6 * fq.sum(-1, keepdim=True))
 
 
