@@ -271,9 +271,12 @@ def test_strides_and_out(isa):
 def test_wrong_arguments(isa):
     (q, k, v, probs), _ = inputs(BY_NAME["plain"], "sparse")
     wrong = [dict(top_k=0.5), dict(group="row"), dict(budget="none"), dict(block_cap=0), dict(context=v)]
-    wrong += [dict(group=group, is_causal=True) for group in ("head", "batch")]
+    wrong += [dict(group=group, is_causal=causal) for group in ("head", "batch") for causal in (True, np.True_)]
     for keywords in wrong:
         with pytest.raises(ValueError, match=r"^\[sea_attention\] \w+: expected"):
             subquad.sea_attention(q, k, v, probs, **keywords)
+    given, mix = (q, q, q, q, probs[:, :, : q.shape[2]]), np.ones(q.shape[:3], np.float32)
+    for a, b in zip(*(subquad.sea_attention_bwd(*given, mix=mix, is_causal=c) for c in (True, np.True_)), strict=True):
+        np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match=r"^\[sea_attention\] \w+: expected"):
         subquad.sea_attention(q, k[:, :1].copy(), v[:, :1].copy(), probs)

@@ -154,7 +154,8 @@ def test_empty_axes_and_wrong_arguments(isa):
     wrong = [("top_k", dict(top_k=0.5)), ("top_k", dict(top_k=float("nan"))), ("group", dict(group="rows")),
              ("budget", dict(budget="both")), ("block_cap", dict(block_cap=0)),
              ("num_keys", dict(num_keys=2**31)), ("num_keys", dict(num_keys=-1)),
-             (r"\w+", dict(group="head", is_causal=True)), (r"\w+", dict(group="batch", is_causal=True))]  # fmt: skip
+             (r"\w+", dict(group="head", is_causal=True)), (r"\w+", dict(group="batch", is_causal=True)),
+             (r"\w+", dict(group="head", is_causal=np.True_))]  # fmt: skip
     for name, keywords in wrong:
         with pytest.raises(ValueError, match=rf"^\[select_blocks\] {name}: expected"):
             subquad.select_blocks(probs, **keywords)

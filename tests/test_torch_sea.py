@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -363,9 +364,9 @@ def test_16_bits_and_autocast(is_causal):
 
 def test_refusals():
     for sentence, keywords in (
-        ("num_columns: expected a multiple of 4 of at least 4, got 6", dict(is_causal=True, num_columns=6)),
-        ("num_columns: expected a multiple of 2 of at least 4, got 2", dict(is_causal=False, num_columns=2)),
-        ("num_features: expected a value of at least 1, got 0", dict(is_causal=True, num_features=0)),
+        ("num_columns: expected a multiple of 4 in [4, 4096], got 6", dict(is_causal=True, num_columns=6)),
+        ("num_columns: expected a multiple of 2 in [4, 4096], got 2", dict(is_causal=False, num_columns=2)),
+        ("num_features: expected a value in [1, 4096], got 0", dict(is_causal=True, num_features=0)),
         ("max_positions: expected a value of at least 1, got 0", dict(is_causal=True, max_positions=0)),
         ("redraw_interval: expected None or at least 1, got 0", dict(is_causal=True, redraw_interval=0)),
         ("top_k: expected a value of at least 1, got 0.5", dict(is_causal=True, top_k=0.5)),
@@ -373,7 +374,7 @@ def test_refusals():
         ('budget: expected "code" or "paper", got \'all\'', dict(is_causal=False, budget="all")),
         ("block_cap: expected None or at least 1, got 0", dict(is_causal=False, block_cap=0)),
     ):
-        with pytest.raises(ValueError, match=rf"\[SeaAttention\] {sentence}"):
+        with pytest.raises(ValueError, match=re.escape(f"[SeaAttention] {sentence}")):
             layer(**keywords)
     x = tokens(40)
     for train in (True, False):
@@ -381,11 +382,13 @@ def test_refusals():
             layer(True).train(train)(x)
     mask = torch.arange(40).expand(3, -1) < 32
     assert layer(True)(x, mask).shape == x.shape
-    with pytest.raises(ValueError, match=r"\[SeaAttention\] state: expected None without is_causal"), torch.no_grad():
+    with pytest.raises(ValueError, match=r"\[SeaAttention\] return_state: expected is_causal=True"), torch.no_grad():
         layer(False)(x, return_state=True)
+    with pytest.raises(TypeError, match=r"\[SeaAttention\] state: expected None or a SeaState, got tuple"):
+        layer(True)(tokens(), state=(1, 2))
     with pytest.raises(RuntimeError, match=r"\[SeaAttention\] state: expected a call under torch.no_grad"):
         layer(True)(tokens(), return_state=True)
     with pytest.raises(ValueError, match="return_parts: expected False with a state"), torch.no_grad():
         layer(True)(tokens(), return_state=True, return_parts=True)
     assert "top_k=4" in repr(layer(True)) and "num_columns=12" in repr(layer(True))
-    assert SeaEstimator(2, 8).num_features == 16
+    assert SeaEstimator(2, 8).num_features == 16 and SeaEstimator(2, 4, is_causal=True).num_features == 1

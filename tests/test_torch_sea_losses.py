@@ -154,6 +154,15 @@ def test_an_empty_batch_of_tokens_costs_nothing(is_causal):
     assert not any(x.any() for x in torch.autograd.grad(loss, learned))
 
 
+def test_no_tokens_cost_nothing():
+    x = torch.zeros(2, 0, 5)
+    assert sea_losses.hidden_loss([x], [x]).item() == 0 and sea_losses.logits_loss(x, x).item() == 0
+    model = SeaAttention(16, 2, is_causal=True, num_columns=16, num_features=8, top_k=4)
+    _, parts = model(torch.zeros(1, 0, 16), return_parts=True)
+    teacher = torch.zeros(1, 2, 0, 8)
+    assert sea_losses.layer_loss(parts, teacher, teacher, teacher).item() == 0
+
+
 @both
 def test_nothing_of_n_squared_is_kept(is_causal):
     length, sizes = 512, []

@@ -189,7 +189,7 @@ class Call:
         return bool(value)
 
     def wants_state(self, return_state: Any, is_causal: Any) -> bool:
-        if self.flag("return_state", return_state) and is_causal is not True:
+        if self.flag("return_state", return_state) and not self.flag("is_causal", is_causal):
             raise ValueError(f"[{self.op}] return_state: expected is_causal=True with it, got {is_causal}")
         return bool(return_state)
 

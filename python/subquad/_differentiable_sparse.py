@@ -9,6 +9,8 @@ import subquad
 from ._arrays import Call
 from ._function import Extents, Function, Given
 from .patterns import BlockPattern, CsrPattern, enter_pattern
+from .sea import CAUSAL_WEIGHTS, WEIGHTS
+from .sparse import cap_of
 
 _QKV = {"q": "B H N D", "k": "B Hkv M D", "v": "B Hkv M E"}
 _MASKS = {"key_mask": "B M", "query_mask": "B N"}
@@ -16,14 +18,7 @@ _PATTERN = {
     "indices": "B Hi N S | Z", "log_weights": "B Hi N S | Z", "indptr": "R", "bits": "B H N K8", "visible": "B N",
     "positions": "B M",
 }  # fmt: skip
-_WEIGHTS = dict.fromkeys(
-    (
-        "projection", "position", "encoder_weight", "encoder_bias", "encoder_norm_weight", "encoder_norm_bias",
-        "scaler_weight", "scaler_bias", "row_weight", "row_bias", "row_norm_weight", "row_norm_bias", "conv1_weight",
-        "conv1_bias", "conv2_weight", "conv2_bias", "out_weight", "out_bias", "norm_weight", "norm_bias",
-    ),
-    "",
-)  # fmt: skip
+_WEIGHTS = dict.fromkeys((*WEIGHTS, *CAUSAL_WEIGHTS), "")
 _STATE = {"s": "B H m V", "z": "B H m", "rows1": "B C 4 w", "rows2": "B C 4 w", "count": "B"}
 
 # The arrays of a pattern and its other fields: the leaves and the structure of a tree of arrays.
@@ -79,6 +74,18 @@ def _sea_attention(**given: Any) -> Any:
     # Not a view: results of a torch operator must not share memory.
     positions = pattern.visible[:, :0] + 0 if pattern.positions is None else pattern.positions
     return out, lse, pattern.bits, pattern.visible, positions
+
+
+def sea_results(results: Any, given: Given, return_lse: bool, return_pattern: bool) -> Any:
+    """What sea_attention returns, from all results of a call."""
+    out, lse, bits, visible, positions = results
+    shown: list[Any] = [out, lse] if return_lse else [out]
+    if return_pattern:
+        columns, num_keys = given["probs"].shape[3], given["k"].shape[2]
+        positions = None if given["key_mask"] is None else positions
+        cap = cap_of(given["block_cap"], given["top_k"])
+        shown.append(BlockPattern(bits, columns, visible, cap, positions, num_keys))
+    return shown[0] if len(shown) == 1 else tuple(shown)
 
 
 def _sea_extents(extents: Extents, given: Given) -> Extents:

@@ -51,37 +51,64 @@ def attention_heatmap(
     transpose_pattern(csr)  # which checks the values of a foreign one
     batch, count, seq_q, seq_k = csr.shape
     q, k = _array(q), _array(k)
-    if q.ndim != 4 or q.shape[:3] != (batch, count, seq_q):
-        raise ValueError(f"[{op}] q: expected shape {[batch, count, seq_q, 'D']} as the pattern's, got {list(q.shape)}")
-    if k.ndim != 4 or k.shape[0] != batch or k.shape[2:] != (seq_k, q.shape[3]) or count % max(k.shape[1], 1):
-        expected = f"{[batch, 'Hkv', seq_k, q.shape[3]]}, H = {count} a multiple of Hkv"
-        raise ValueError(f"[{op}] k: expected shape {expected}, got {list(k.shape)}")
+    _expect_shapes(op, csr.shape, q, k)
     if not extent(op, "item", item, 0) < batch:
         raise ValueError(f"[{op}] item: expected a value in [0, {batch}), got {item}")
+    if heads is not None and not hasattr(heads, "__iter__"):
+        raise TypeError(f"[{op}] heads: expected a sequence of integers or None, got {type(heads).__name__}")
     chosen = [extent(op, "heads", h, 0) for h in (range(min(count, 4)) if heads is None else heads)]
     if not chosen or max(chosen) >= count or min(seq_q, seq_k) == 0:
         raise ValueError(f"[{op}] heads: expected some in [0, {count}) of a matrix with elements, got {chosen}")
-    pixels = extent(op, "pixels", pixels)
-    seen: NDArray[Any] = np.ones((seq_q, seq_k), bool)
-    for name, mask, axis in (("key_mask", key_mask, 1), ("query_mask", query_mask, 0)):
-        if mask is not None:
-            mask = _array(mask)
-            if mask.shape != (batch, seen.shape[axis]):
-                raise ValueError(f"[{op}] {name}: expected shape {[batch, seen.shape[axis]]}, got {list(mask.shape)}")
-            seen &= np.expand_dims(mask[item] != 0, 1 - axis)
-    seen = np.tril(seen, seq_k - seq_q) if is_causal else seen
+    pixels, scale = extent(op, "pixels", pixels), q.shape[3] ** -0.5 if scale is None else _positive(op, "scale", scale)
+    seen = _visible(op, csr.shape, item, key_mask, query_mask, is_causal)
     indptr, indices = np.asarray(csr.indptr), np.asarray(csr.indices)
     figure = Figure(figsize=(6.4, 3.2 * len(chosen)), layout="constrained")
     axes = figure.subplots(len(chosen), 2, squeeze=False)
     for row, head in zip(axes, chosen, strict=True):
-        key = k[item, head // (count // k.shape[1])]
-        exact = _attention(q[item, head], key, q.shape[3] ** -0.5 if scale is None else scale, seen)
+        exact = _attention(q[item, head], k[item, head // (count // k.shape[1])], scale, seen)
         first = (item * count + head) * seq_q
         rows = np.repeat(np.arange(seq_q), np.diff(indptr[first : first + seq_q + 1]))
         member = np.zeros((seq_q, seq_k))
         member[rows, indices[indptr[first] : indptr[first + seq_q]]] = 1
         _draw(row, head, exact, member, pixels)
     return figure
+
+
+def _expect_shapes(op: str, shape: tuple[int, int, int, int], q: NDArray[Any], k: NDArray[Any]) -> None:
+    batch, count, seq_q, seq_k = shape
+    if q.ndim != 4 or q.shape[:3] != (batch, count, seq_q):
+        raise ValueError(f"[{op}] q: expected shape {[batch, count, seq_q, 'D']} as the pattern's, got {list(q.shape)}")
+    if k.ndim != 4 or k.shape[0] != batch or k.shape[2:] != (seq_k, q.shape[3]) or count % max(k.shape[1], 1):
+        expected = f"{[batch, 'Hkv', seq_k, q.shape[3]]}, H = {count} a multiple of Hkv"
+        raise ValueError(f"[{op}] k: expected shape {expected}, got {list(k.shape)}")
+
+
+def _positive(op: str, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"[{op}] {name}: expected a number, got {type(value).__name__}")
+    if not 0 < value < np.inf:
+        raise ValueError(f"[{op}] {name}: expected a finite number above 0, got {value}")
+    return float(value)
+
+
+def _visible(
+    op: str, shape: tuple[int, int, int, int], item: int, key_mask: Array, query_mask: Array, is_causal: bool
+) -> NDArray[Any]:
+    """Which keys each query of an item sees, [N, M]."""
+    if not isinstance(is_causal, (bool, np.bool_)):
+        raise TypeError(f"[{op}] is_causal: expected True or False, got {type(is_causal).__name__}")
+    batch, _, seq_q, seq_k = shape
+    seen: NDArray[Any] = np.ones((seq_q, seq_k), bool)
+    for name, mask, axis in (("key_mask", key_mask, 1), ("query_mask", query_mask, 0)):
+        if mask is None:
+            continue
+        mask = np.asarray(mask.detach().cpu() if hasattr(mask, "detach") else mask)
+        if mask.dtype != bool:
+            raise TypeError(f"[{op}] {name}: expected dtype bool, got {mask.dtype}")
+        if mask.shape != (batch, seen.shape[axis]):
+            raise ValueError(f"[{op}] {name}: expected shape {[batch, seen.shape[axis]]}, got {list(mask.shape)}")
+        seen &= np.expand_dims(mask[item], 1 - axis)
+    return np.tril(seen, seq_k - seq_q) if is_causal else seen
 
 
 def _draw(row: Any, head: int, exact: NDArray[Any], member: NDArray[Any], pixels: int) -> None:

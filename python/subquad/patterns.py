@@ -139,9 +139,10 @@ class BlockPattern(_Matrix):
     In a row with n = visible[b, row] keys, column c stands for the ranks start(c) .. start(c + 1) - 1,
     start(c) = (2 c n + K) // (2 K), of which the newest block_cap are kept. Rank r is key r, or positions[b, r].
 
-    bits: [B, H, N, ceil(K / 8)] uint8; column c is bit c % 8 of byte c // 8. visible: [B, N] int32.
-    positions: [B, M] int32, the r-th valid key of each item, or None. num_keys: M, the columns of the matrix; None: M
-    of positions, else the largest of visible.
+    bits: [B, H, N, ceil(K / 8)] uint8; column c is bit c % 8 of byte c // 8. K: the number of columns.
+    visible: [B, N] int32, 0 for a masked query. positions: [B, M] int32, the r-th valid key of each item, or None: all
+    are valid. These two carry the masks and is_causal of the call that made the pattern.
+    num_keys: M, the columns of the matrix; None: M of positions, else the largest of visible.
     Values are checked where the pattern is used, not here.
     """
 
@@ -212,11 +213,12 @@ def enter_pattern(call: Call, pattern: Any, shape: tuple[int, ...] | None = None
         parts = {"indices": pattern[0], "log_weights": pattern[1]}
         _expect_array(call, "pattern indices", pattern[0])
         _expect_array(call, "pattern log_weights", pattern[1])
-    elif hasattr(pattern, "shape") and not hasattr(pattern, "indptr"):
+    elif hasattr(pattern, "shape") and not hasattr(pattern, "indptr") and not getattr(pattern, "is_sparse_csr", False):
         parts = {"indices": pattern}
     else:
         rule = "an array of indices, a pair (indices, log_weights), a CsrPattern or a BlockPattern"
-        raise TypeError(f"[{call.op}] pattern: expected {rule}, got {type(pattern).__name__}")
+        fix = ": see CsrPattern.from_scipy, from_torch, from_cupy" if hasattr(pattern, "shape") else ""
+        raise TypeError(f"[{call.op}] pattern: expected {rule}, got {type(pattern).__name__}{fix}")
     return call.keywords(_NO_PATTERN | parts, *_ARRAYS)
 
 

@@ -21,12 +21,13 @@ __all__ = [
 
 _SEA_ARRAYS = ("row_scale", "mix", "context", "key_mask", "query_mask")
 _STATE = ("s", "z", "rows1", "rows2", "count")
-_WEIGHTS = (
+_MEAN_STATE = ("sum", "count")
+WEIGHTS = (
     "projection", "encoder_weight", "encoder_bias", "encoder_norm_weight", "encoder_norm_bias", "scaler_weight",
     "scaler_bias", "row_weight", "row_bias", "conv1_weight", "conv1_bias", "conv2_weight", "conv2_bias", "out_weight",
     "out_bias",
 )  # fmt: skip
-_CAUSAL_WEIGHTS = ("position", "row_norm_weight", "row_norm_bias", "norm_weight", "norm_bias")
+CAUSAL_WEIGHTS = ("position", "row_norm_weight", "row_norm_bias", "norm_weight", "norm_bias")
 
 
 def sea_attention(
@@ -50,24 +51,24 @@ def sea_attention(
     return_pattern: bool = False,
     out: Array = None,
 ) -> Any:
-    """SEA: sparse attention with an estimated attention mask (Lee et al., ICLR 2024); N (top_k + K).
+    """SEA: sparse attention with an estimated attention mask (Lee et al., ICLR 2024), in time linear in N and M.
 
         out_n = mix_n row_scale_n sum_e softmax_e(scale <q_n, k_e>) v_e + (1 - mix_n) context_n
 
     over the keys e of the columns of probs that select_blocks selects. With top_k as large as the number of keys the
     sparse part is exact attention. Otherwise what is not selected is missing, and only the context stands for it: as
-    good as the estimate, which `sea_estimate` makes from trained weights. The returned pattern says what was attended
-    to.
+    good as the estimate, which `sea_estimate` makes from trained weights.
 
     q [B, H, N, D], k [B, H, M, D], v [B, H, M, E]: float32, float16 or bfloat16. probs: [B, H, N, K] float32, the
-        estimated attention on K columns, each of which stands for a K-th of the keys that its row sees.
-    top_k, group, budget, block_cap: as in select_blocks.
+        estimated attention on K columns, each of which stands for a K-th of the keys that its row sees: made with the
+        same masks and is_causal.
+    top_k, group, budget, block_cap: as in select_blocks. scale: a number above 0; None is D**-0.5.
     row_scale, mix: [B, H, N] float32; None is 1, and no context. context: [B, H, N, E] or [B, H, 1, E], float32 or like
         v, with mix only; None is the running mean of v (causal) or its pool by columns (block_pool).
     key_mask [B, M], query_mask [B, N]: bool, True = keep; a masked key may hold NaN, a masked query gives 0. Rows count
         the valid keys that they see, so that padding, also on the left or in between, changes nothing.
     is_causal: query n sees keys m <= n + (M - N).
-    return_lse: also [B, H, N] float32 over the selected keys. return_pattern: also the BlockPattern.
+    return_lse: also lse [B, H, N] float32. return_pattern: also the selected keys, a BlockPattern.
     Returns [B, H, N, E] in the type and dtype of q, then lse and pattern.
     """
     call = Call("sea_attention", q=q, k=k, v=v, probs=probs)
@@ -75,17 +76,14 @@ def sea_attention(
         call, top_k, group, scale, row_scale, mix, context, key_mask, query_mask, is_causal, budget, block_cap
     )
     batch, heads, seq, _ = call.shape("q", "B H N D")
-    seq_k = call.shape("k", "B H M D")[2]
-    columns = call.shape("probs", "B H N K")[3]
+    seq_k, columns = call.shape("k", "B H M D")[2], call.shape("probs", "B H N K")[3]
     out = call.out(out, (batch, heads, seq, call.shape("v", "B H M E")[3]), "q")
     lse = call.empty((batch, heads, seq), "q", "float32") if call.flag("return_lse", return_lse) else None
     made: list[Array] = [None, None, None]
     if call.flag("return_pattern", return_pattern):
-        made = [
-            call.empty((batch, heads, seq, -(-columns // 8)), "q", "uint8"),
-            call.empty((batch, seq), "q", "int32"),
-            None if key_mask is None else call.empty((batch, seq_k), "q", "int32"),
-        ]
+        made[0] = call.empty((batch, heads, seq, -(-columns // 8)), "q", "uint8")
+        made[1] = call.empty((batch, seq), "q", "int32")
+        made[2] = None if key_mask is None else call.empty((batch, seq_k), "q", "int32")
     a = call.arrays
     _ext.sea_attention(a["q"], a["k"], a["v"], a["probs"], keywords, out, lse, made)
     results = [call.leave(x) for x in (out, lse) if x is not None]
@@ -120,7 +118,7 @@ def sea_attention_bwd(
     that are given.
 
     The selection is a constant: dprobs [B, H, N, K] float32 is 0 but for the pooled context, and an estimate is trained
-    by losses of its own (teacher_blocks). dlse [B, H, N] float32. out and lse are checked and not needed.
+    by losses of its own (teacher_blocks). dlse [B, H, N] float32. Of out and lse only the shapes are looked at.
     """
     call = Call("sea_attention_bwd", q=q, k=k, v=v, probs=probs, dout=dout, dlse=dlse)
     keywords = _sea_keywords(
@@ -130,7 +128,7 @@ def sea_attention_bwd(
     a = call.arrays
     dq, dk, dv = (call.empty(call.shape(name, "B H N D"), name) for name in ("q", "k", "v"))
     shape = call.shape("probs", "B H N K")
-    pooled = mix is not None and context is None and is_causal is not True
+    pooled = mix is not None and context is None and not call.flag("is_causal", is_causal)
     dprobs = call.empty(shape, "q", "float32")
     if not pooled:
         dprobs[...] = 0
@@ -139,19 +137,9 @@ def sea_attention_bwd(
         x = keywords[name]
         extra.append(None if x is None else call.framework.empty(tuple(x.shape), None, x))
     _ext.sea_attention_bwd(
-        a["dout"],
-        a["dlse"],
-        a["q"],
-        a["k"],
-        a["v"],
-        a["probs"],
-        keywords,
-        dq,
-        dk,
-        dv,
-        dprobs if pooled else None,
+        a["dout"], a["dlse"], a["q"], a["k"], a["v"], a["probs"], keywords, dq, dk, dv, dprobs if pooled else None,
         *extra,
-    )
+    )  # fmt: skip
     return call.leave(dq, dk, dv, dprobs, *(x for x in extra if x is not None))
 
 
@@ -196,13 +184,16 @@ def sea_estimate(
     """
     call = Call("sea_estimate", q=q, k=k, v=v)
     batch, heads, seq, dim = call.shape("q", "B H N D")
-    parts = _weights(call, weights, is_causal is True)
-    before = _state_parts(call, state)
+    is_causal = call.flag("is_causal", is_causal)
+    parts = _weights(call, weights, is_causal)
+    before = _state_parts(call, state, _STATE)
+    if state is not None and not is_causal:
+        raise ValueError(f"[{call.op}] state: expected none unless is_causal, got a state")
     keywords = call.keywords({"is_causal": is_causal, "key_mask": key_mask}, "key_mask")
-    columns, features = _extents(parts, is_causal is True)
+    columns, features = _extents(parts, is_causal)
     probs = call.empty((batch, heads, seq, columns), "q", "float32")
     row_scale, mix = (call.empty((batch, heads, seq), "q", "float32") for _ in range(2))
-    behind: list[Array] = [None] * 5
+    behind: list[Array] = [None] * len(_STATE)
     if call.wants_state(return_state, is_causal):
         shapes = [(batch, heads, features, 2 * dim), (batch, heads, features)]
         shapes += [(batch, 2 * heads, 4, columns // 4)] * 2
@@ -217,7 +208,7 @@ def check_weights(op: str, weights: Any, is_causal: bool) -> None:
     """Checks that `weights` is a mapping with the names of one kind of decoder and no others."""
     if not isinstance(weights, Mapping):
         raise TypeError(f"[{op}] weights: expected a mapping of names to arrays, got {type(weights).__name__}")
-    wanted = _WEIGHTS + (_CAUSAL_WEIGHTS if is_causal else ())
+    wanted = WEIGHTS + (CAUSAL_WEIGHTS if is_causal else ())
     kind = "is_causal=True" if is_causal else "is_causal=False"
     for name in wanted:
         if weights.get(name) is None:
@@ -230,7 +221,7 @@ def check_weights(op: str, weights: Any, is_causal: bool) -> None:
 def _weights(call: Call, weights: Any, is_causal: bool) -> dict[str, Any]:
     """The weights as the compiled module takes them: all names, those of the other kind of decoder None."""
     check_weights(call.op, weights, is_causal)
-    return {name: call.enter(name, weights.get(name)) for name in (*_WEIGHTS, *_CAUSAL_WEIGHTS)}
+    return {name: call.enter(name, weights.get(name)) for name in (*WEIGHTS, *CAUSAL_WEIGHTS)}
 
 
 def _extents(parts: dict[str, Any], is_causal: bool) -> tuple[int, int]:
@@ -240,16 +231,17 @@ def _extents(parts: dict[str, Any], is_causal: bool) -> tuple[int, int]:
     return (count if is_causal else count // 2), (parts["projection"].shape[0] if parts["projection"].ndim else 0)
 
 
-def _state_parts(call: Call, state: Any) -> list[Array]:
+def _state_parts(call: Call, state: Any, names: tuple[str, ...]) -> list[Array]:
+    """The arrays of a state as the compiled module takes them; None each without one."""
     if state is None:
-        return [None] * 5
-    if not isinstance(state, (tuple, list)) or len(state) != 5:
+        return [None] * len(names)
+    if not isinstance(state, (tuple, list)) or len(state) != len(names):
         got = f"{len(state)} values" if isinstance(state, (tuple, list)) else type(state).__name__
-        raise TypeError(f"[{call.op}] state: expected None or a tuple ({', '.join(_STATE)}), got {got}")
-    for name, part in zip(_STATE, state, strict=True):
+        raise TypeError(f"[{call.op}] state: expected None or a tuple ({', '.join(names)}), got {got}")
+    for name, part in zip(names, state, strict=True):
         if part is None:
             raise TypeError(f"[{call.op}] state {name}: expected an array, got None")
-    return [call.enter(f"state {name}", part) for name, part in zip(_STATE, state, strict=True)]
+    return [call.enter(f"state {name}", part) for name, part in zip(names, state, strict=True)]
 
 
 def running_mean(
@@ -270,12 +262,12 @@ def running_mean(
     call = Call("running_mean", v=v)
     batch, heads, seq, dim = call.shape("v", "B H M E")
     num_queries = seq if num_queries is None else call.extent("num_queries", num_queries, 0)
-    before, key_mask = _mean_state(call, state), call.enter("key_mask", key_mask)
+    before, key_mask = _state_parts(call, state, _MEAN_STATE), call.enter("key_mask", key_mask)
     out = call.out(out, (batch, heads, num_queries, dim), "v")
     if tuple(out.shape) != (batch, heads, num_queries, dim):
         expected = f"[B, H, N, E] = {[batch, heads, num_queries, dim]}"
         raise ValueError(f"[{call.op}] out: expected shape {expected}, got {list(out.shape)}")
-    behind: list[Array] = [None, None]
+    behind: list[Array] = [None] * len(_MEAN_STATE)
     if call.flag("return_state", return_state):
         behind = [call.empty((batch, heads, dim), "v", "float32"), call.empty((batch,), "v", "int32")]
     _ext.running_mean(call.arrays["v"], key_mask, before, out, behind)
@@ -296,22 +288,10 @@ def running_mean_bwd(
     seq = call.shape("dout", "B H N E")[2]
     if num_queries is not None and call.extent("num_queries", num_queries, 0) != seq:
         raise ValueError(f"[{call.op}] num_queries: expected N = {seq} of dout, got {num_queries}")
-    before, key_mask = _mean_state(call, state), call.enter("key_mask", key_mask)
+    before, key_mask = _state_parts(call, state, _MEAN_STATE), call.enter("key_mask", key_mask)
     dv = call.empty(call.shape("v", "B H M E"), "v")
     _ext.running_mean_bwd(call.arrays["dout"], call.arrays["v"], key_mask, before, dv)
     return call.leave(dv)
-
-
-def _mean_state(call: Call, state: Any) -> list[Array]:
-    if state is None:
-        return [None, None]
-    if not isinstance(state, (tuple, list)) or len(state) != 2:
-        got = f"{len(state)} values" if isinstance(state, (tuple, list)) else type(state).__name__
-        raise TypeError(f"[{call.op}] state: expected None or a tuple (sum, count), got {got}")
-    for name, part in zip(("sum", "count"), state, strict=True):
-        if part is None:
-            raise TypeError(f"[{call.op}] state {name}: expected an array, got None")
-    return [call.enter(f"state {name}", part) for name, part in zip(("sum", "count"), state, strict=True)]
 
 
 def block_pool(v: Array, probs: Array, *, key_mask: Array = None, query_mask: Array = None, out: Array = None) -> Array:

@@ -77,7 +77,7 @@ def sparse_attention_bwd(
     and optionally dlse [B, H, N] float32.
 
     The pattern and its log_weights are constants. Deterministic: every key adds up its own entries in order, without
-    atomics. out and lse of the forward pass are checked and not needed: a row has all that it takes at hand.
+    atomics. out and lse of the forward pass may be given; only their shapes are looked at, for both are formed again.
     """
     call = Call("sparse_attention_bwd", q=q, k=k, v=v, dout=dout, dlse=dlse)
     batch, heads, seq, _ = call.shape("q", "B H N D")
@@ -226,7 +226,7 @@ def select_blocks(
     if num_keys is None:
         num_keys = seq if key_mask is None else call.shape("key_mask", "B M")[1]
     num_keys = call.extent("num_keys", num_keys, 0)
-    if is_causal is True and group in ("head", "batch"):
+    if call.flag("is_causal", is_causal) and group in ("head", "batch"):
         raise ValueError(f'[{op}] group: expected "query" or "row_heads" with is_causal=True, got "{group}"')
     keywords = {"top_k": top_k, "group": group, "budget": budget, "skip_dead": skip_dead}
     bits = call.empty((batch, heads, seq, -(-columns // 8)), "probs", "uint8")
@@ -238,5 +238,10 @@ def select_blocks(
 def block_pattern(call: Call, made: list[Array], columns: int, cap: Any, top_k: Any, num_keys: int) -> BlockPattern:
     """The pattern whose bits, visible and positions a selection has written."""
     bits, visible, positions = (None if x is None else call.leave(x) for x in made)
-    cap = math.ceil(min(top_k, 2**31 - 1)) if cap is None else call.extent("block_cap", cap)
+    cap = cap_of(None if cap is None else call.extent("block_cap", cap), top_k)
     return BlockPattern(bits, columns, visible, cap, positions, num_keys)
+
+
+def cap_of(block_cap: int | None, top_k: float) -> int:
+    """The most keys of a selected column."""
+    return math.ceil(min(top_k, 2**31 - 1)) if block_cap is None else block_cap

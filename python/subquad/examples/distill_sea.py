@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -37,6 +38,17 @@ _SIZES = {
 }
 
 
+def _rate(text: str) -> float:
+    """A type for argparse: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text!r}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m subquad.examples.distill_sea", description=_ABOUT, epilog=_HONEST, allow_abbrev=False
@@ -45,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, (default, quick, low, what) in _SIZES.items():
         said = f"{what} (default {default}, with --quick {quick})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=integer(low), metavar="N", help=said)
-    parser.add_argument("--rate", type=float, default=3e-3, metavar="R",
+    parser.add_argument("--rate", type=_rate, default=3e-3, metavar="R",
                         help="learning rate, of which students use a quarter (default 3e-3)")  # fmt: skip
     parser.add_argument("--seed", type=integer(0, 2**31), default=0, metavar="S", help="of every draw (default 0)")
     parser.add_argument("--threads", type=integer(1, 1024), metavar="T", help="threads of torch (default: its choice)")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax import Array
 
-from .._differentiable_sparse import PATTERN_FIELDS, flat_pattern
-from ..patterns import BlockPattern
+from .._differentiable_sparse import PATTERN_FIELDS, flat_pattern, sea_results
 from ..sea import check_weights
 from ._ops import (
     ATTENTION_DIVERGENCE,
@@ -91,18 +89,12 @@ def sea_attention(
     The selection is a constant. The backward pass keeps the inputs and selects again; its memory is linear in the
     selected keys. Forward mode and second derivatives raise jax's errors.
     """
-    results = SEA_ATTENTION(
+    given: dict[str, Any] = dict(
         q=q, k=k, v=v, probs=probs, top_k=top_k, group=group, scale=scale, row_scale=row_scale, mix=mix,
         context=context, key_mask=key_mask, query_mask=query_mask, is_causal=is_causal, budget=budget,
-        block_cap=block_cap, last=True,
+        block_cap=block_cap,
     )  # fmt: skip
-    shown = [results[0], results[1]] if return_lse else [results[0]]
-    if return_pattern:
-        bits, visible, positions = results[2:]
-        cap = math.ceil(min(top_k, 2**31 - 1)) if block_cap is None else block_cap
-        positions = None if key_mask is None else positions
-        shown.append(BlockPattern(bits, probs.shape[3], visible, cap, positions, k.shape[2]))
-    return shown[0] if len(shown) == 1 else tuple(shown)
+    return sea_results(SEA_ATTENTION(last=True, **given), given, return_lse, return_pattern)
 
 
 def running_mean(

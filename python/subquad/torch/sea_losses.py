@@ -24,7 +24,7 @@ from .sparse import attention_divergence, teacher_blocks
 __all__ = ["distillation_loss", "estimator_divergence", "hidden_loss", "layer_loss", "logits_loss", "mean_squares"]
 
 
-def block_widths(scores: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, is_causal: bool) -> Tensor:
+def _block_widths(scores: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, is_causal: bool) -> Tensor:
     """[B | 1, 1, N, K] int64: the keys of every block, of as many keys as queries."""
     seq, columns = scores.shape[2:]
     keys = torch.ones(1, seq, dtype=torch.int64, device=scores.device) if key_mask is None else key_mask.to(torch.int64)
@@ -51,7 +51,7 @@ def estimator_divergence(
     scores [B, H, N, K]; masses [B, H, N, K], sum_squares and sum_plogp [B, H, N] are those of `subquad.teacher_blocks`
     with the same masks, constants. A block without keys takes no part, and a row without keys gives 0.
     """
-    widths = block_widths(scores, key_mask, query_mask, is_causal)
+    widths = _block_widths(scores, key_mask, query_mask, is_causal)
     empty, sees = widths == 0, widths.sum(-1) > 0
     scores = scores.masked_fill(empty, 0)
     # a row without any key keeps its columns, so that no gradient is that of ln 0
@@ -78,8 +78,8 @@ def layer_loss(
     q k^T) of the student's own queries and keys, and the mean square of what the layers give.
 
     parts: what SeaAttention(...)(x, return_parts=True) gives beside its result.
-    q_teacher, k_teacher [B, Ht, N, Dt], context_teacher [B, H, N, D]: of the dense layer, constants; P = softmax(
-        scale_teacher q_teacher k_teacher^T). scale, scale_teacher: None is D**-0.5 of either.
+    q_teacher [B, H, N, Dt], k_teacher [B, Ht, N, Dt], context_teacher [B, H, N, D]: of the dense layer, constants; P =
+        softmax(scale_teacher q_teacher k_teacher^T). scale, scale_teacher: None is D**-0.5 of either.
 
     KL is the mean over heads and valid tokens of causal layers, and over valid tokens alone, summed over the heads, of
     bidirectional ones; MSE is the mean over all B H N^2 entries, those of masked tokens being 0: all as published.
@@ -93,7 +93,7 @@ def layer_loss(
     dense = attention_divergence(
         parts.q, parts.k, q_teacher, k_teacher, scale=scale, scale_teacher=scale_teacher, **masks
     )
-    tokens = batch * seq if mask is None else mask.sum().clamp(min=1)
+    tokens = max(batch * seq, 1) if mask is None else mask.sum().clamp(min=1)
     rows = tokens * heads if is_causal else tokens
     loss = mean_squares(parts.context, context_teacher, mask)
     for kl, sse in (estimated, dense):
@@ -105,7 +105,7 @@ def mean_squares(x: Tensor, target: Tensor, mask: Tensor | None = None) -> Tenso
     """The mean of (x - target)^2 over the valid tokens of [B, N, C] or [B, H, N, D]; 0 without any."""
     squares = (_wide(x) - _wide(target.detach())).square()
     if mask is None:
-        return squares.mean()
+        return squares.sum() / max(squares.numel(), 1)
     valid = mask[..., None] if x.ndim == 3 else mask[:, None, :, None]
     valid = valid.expand_as(squares)
     return squares.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
@@ -121,7 +121,9 @@ def logits_loss(logits: Tensor, teacher: Tensor, mask: Tensor | None = None) -> 
     logits is [B, classes]; 0 without any."""
     logs, target = (_wide(x).log_softmax(-1) for x in (logits, teacher.detach()))
     kl = F.kl_div(logs, target, log_target=True, reduction="none").sum(-1)
-    return kl.mean() if mask is None else kl.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
+    if mask is None:
+        return kl.sum() / max(kl.numel(), 1)
+    return kl.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
 def distillation_loss(

@@ -51,8 +51,9 @@ def estimate(q: Tensor, k: Tensor, v: Tensor, w: Weights, is_causal: bool, ranks
     context = _causal_context(q, k, v, w, ranks) if is_causal else _whole_context(q, k, v, w, ranks)
     x = F.linear(torch.cat([context, v], -1), w["encoder_weight"], w["encoder_bias"])
     z = F.gelu(F.layer_norm(x, x.shape[-1:], w["encoder_norm_weight"], w["encoder_norm_bias"]))
-    decode = _causal_decoder if is_causal else _whole_decoder
-    return decode(_channels(z, w), w, ranks), F.linear(z, w["scaler_weight"], w["scaler_bias"])
+    rows = _channels(z, w)
+    scores = _causal_decoder(rows, w) if is_causal else _whole_decoder(rows, w, ranks)
+    return scores, F.linear(z, w["scaler_weight"], w["scaler_bias"])
 
 
 def _projected(x: Tensor, w: Weights) -> Tensor:
@@ -111,7 +112,7 @@ def _channels(z: Tensor, w: Weights) -> Tensor:
     return rows.unflatten(-1, (splits, -1)).permute(0, 1, 3, 2, 4).flatten(1, 2)
 
 
-def _causal_decoder(x: Tensor, w: Weights, ranks: Ranks) -> Tensor:
+def _causal_decoder(x: Tensor, w: Weights) -> Tensor:
     x = F.layer_norm(x, x.shape[-1:], w["row_norm_weight"], w["row_norm_bias"])
     for name in ("conv1", "conv2"):
         x = F.conv2d(F.pad(x, (2, 2, 4, 0)), w[f"{name}_weight"], w[f"{name}_bias"], dilation=2).relu()
@@ -129,10 +130,11 @@ def _repeated_and_averaged(x: Tensor) -> Tensor:
 
 def _whole_decoder(x: Tensor, w: Weights, ranks: Ranks) -> Tensor:
     def half(y: Tensor) -> Tensor:
-        rows = torch.arange(y.shape[2], device=y.device)
-        return (
-            y if ranks.valid is None else y.masked_fill((rows >= (ranks.counts[:, None] + 1) // 2)[:, None, :, None], 0)
-        )
+        """y with zeros behind the rows that the first half of the tokens has."""
+        if ranks.valid is None:
+            return y
+        behind = torch.arange(y.shape[2], device=y.device) >= (ranks.counts[:, None] + 1) // 2
+        return y.masked_fill(behind[:, None, :, None], 0)
 
     x = half(F.conv2d(ranks.only_valid(x), w["conv1_weight"], w["conv1_bias"], stride=(2, 1), padding=1).relu())
     x = half(F.conv2d(x, w["conv2_weight"], w["conv2_bias"], padding=1).relu())

@@ -126,6 +126,8 @@ class SeaAttention(SelfAttention):
         q, k, v = self._heads(x)
         if state is not None or return_state:
             self._expect(not return_parts, "return_parts", "False with a state", return_parts)
+            name, value = ("return_state", return_state) if state is None else ("state", "a state")
+            self._expect(self.is_causal, name, "is_causal=True with it", value)
             out, state = self._continued(q, k, v, key_mask, state)
             y = self._merged(out)
             return (y, state) if return_state else y
@@ -135,13 +137,13 @@ class SeaAttention(SelfAttention):
         return (y, SeaParts(q, k, scores, out, self.is_causal, key_mask)) if return_parts else y
 
     def _estimate(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, with_scores: bool) -> Any:
-        differentiates = torch.is_grad_enabled() and any(
-            x.requires_grad for x in (q, k, v, *self.estimator.parameters())
-        )
-        if self.training or with_scores or differentiates:
+        if self.training or with_scores or self._differentiates(q, k, v):
             return self.estimator(q, k, v, key_mask)
         weights = self.estimator.weights()
         return None, *sea_estimate(q, k, v, weights, is_causal=self.is_causal, key_mask=key_mask)
+
+    def _differentiates(self, *inputs: Tensor) -> bool:
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *self.estimator.parameters()))
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, probs: Tensor, row_scale: Tensor, mix: Tensor, **more: Any
@@ -154,8 +156,9 @@ class SeaAttention(SelfAttention):
     def _continued(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: SeaState | None
     ) -> tuple[Tensor, SeaState]:
-        self._expect(self.is_causal, "state", "None without is_causal", "a state")
-        if q.requires_grad or k.requires_grad or v.requires_grad:
+        if state is not None and not isinstance(state, SeaState):
+            raise TypeError(f"[SeaAttention] state: expected None or a SeaState, got {type(state).__name__}")
+        if self._differentiates(q, k, v):
             raise RuntimeError(
                 "[SeaAttention] state: expected a call under torch.no_grad(), as states are not differentiated, got "
                 "one that records gradients"

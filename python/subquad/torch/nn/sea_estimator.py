@@ -35,8 +35,9 @@ class SeaEstimator(nn.Module):
     Args:
         num_heads, head_dim: H and D of q, k and v.
         is_causal: token n sees tokens m <= n. Also decides the decoder, features and positions.
-        num_columns: K of the compressed matrix; default 64 (causal) or 128.
-        num_features: m, rows of the projection; default D ln D / 8 (causal) or D ln D, rounded down.
+        num_columns: K of the compressed matrix, a multiple of 4 (causal) or 2 in [4, 4096]; default 64 (causal) or 128.
+        num_features: m, rows of the projection, in [1, 4096]; default D ln D / 8 (causal) or D ln D, rounded down, and
+            at least 1.
         max_positions: rows of the table of positions; causal only.
         redraw_interval: steps between draws, or None: never.
         seed: of the projection; the next draw has the next seed.
@@ -66,11 +67,11 @@ class SeaEstimator(nn.Module):
         super().__init__()
         self.num_columns = (64 if is_causal else 128) if num_columns is None else num_columns
         if num_features is None:
-            num_features = int(head_dim * math.log(head_dim) / (8 if is_causal else 1))
+            num_features = max(1, int(head_dim * math.log(head_dim) / (8 if is_causal else 1)))
         step = 4 if is_causal else 2
-        whole = self.num_columns >= 4 and self.num_columns % step == 0
-        _expect(whole, "num_columns", f"a multiple of {step} of at least 4", self.num_columns)
-        _expect(num_features >= 1, "num_features", "a value of at least 1", num_features)
+        whole = 4 <= self.num_columns <= 4096 and self.num_columns % step == 0
+        _expect(whole, "num_columns", f"a multiple of {step} in [4, 4096]", self.num_columns)
+        _expect(1 <= num_features <= 4096, "num_features", "a value in [1, 4096]", num_features)
         _expect(max_positions >= 1, "max_positions", "a value of at least 1", max_positions)
         _expect(
             redraw_interval is None or redraw_interval >= 1, "redraw_interval", "None or at least 1", redraw_interval
