@@ -193,6 +193,15 @@ class Call:
             raise ValueError(f"[{self.op}] return_state: expected is_causal=True with it, got {is_causal}")
         return bool(return_state)
 
+    def state(self, state: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
+        """The members of a state by their names: None each where there is none."""
+        if state is None:
+            return (None,) * len(names)
+        if not isinstance(state, (tuple, list)) or len(state) != len(names):
+            got = f"{len(state)} values" if isinstance(state, (tuple, list)) else type(state).__name__
+            raise TypeError(f"[{self.op}] state: expected None or a tuple ({', '.join(names)}), got {got}")
+        return tuple(state)
+
     def extent(self, name: str, value: Any, least: int = 1) -> int:
         return extent(self.op, name, value, least)
 

@@ -7,13 +7,12 @@ from typing import Any
 import subquad
 
 from ._arrays import Call
+from ._differentiable import _MASKS, _QKV, _with
 from ._function import Extents, Function, Given
 from .patterns import BlockPattern, CsrPattern, enter_pattern
 from .sea import CAUSAL_WEIGHTS, WEIGHTS
 from .sparse import cap_of
 
-_QKV = {"q": "B H N D", "k": "B Hkv M D", "v": "B Hkv M E"}
-_MASKS = {"key_mask": "B M", "query_mask": "B N"}
 _PATTERN = {
     "indices": "B Hi N S | Z", "log_weights": "B Hi N S | Z", "indptr": "R", "bits": "B H N K8", "visible": "B N",
     "positions": "B M",
@@ -96,10 +95,6 @@ def _divergence_bwd(*, dsse: Any = None, **given: Any) -> Any:
     return subquad.attention_divergence_bwd(dsse=dsse, **given)
 
 
-def _running_mean_state(**given: Any) -> Any:
-    return subquad.running_mean(return_state=True, **given)
-
-
 def _expand_values_bwd(*, dout: Any, x: Any, num_keys: int, **given: Any) -> Any:
     return subquad.block_sum(dout, x.shape[3], **given)
 
@@ -111,10 +106,6 @@ def _block_sum_bwd(*, dout: Any, y: Any, num_columns: int, **given: Any) -> Any:
 def _sea_estimate(**given: Any) -> Any:
     weights = {name: given.pop(name, None) for name in _WEIGHTS}
     return subquad.sea_estimate(weights={n: x for n, x in weights.items() if x is not None}, **given)
-
-
-def _sea_estimate_state(**given: Any) -> Any:
-    return _sea_estimate(return_state=True, **given)
 
 
 def _estimate_extents(extents: Extents, given: Given) -> Extents:
@@ -173,7 +164,7 @@ RUNNING_MEAN_STATE = Function(
     dtypes={"new_count": "int32"},
     extents=RUNNING_MEAN.extents,
     sizes=RUNNING_MEAN.sizes,
-    forward=_running_mean_state,
+    forward=_with(subquad.running_mean, return_state=True),
 )
 
 BLOCK_POOL = Function(
@@ -253,6 +244,6 @@ SEA_ESTIMATE_STATE = Function(
     extents=_estimate_extents,
     differentiable=("probs", "row_scale", "mix"),
     takes_out=False,
-    forward=_sea_estimate_state,
+    forward=_with(_sea_estimate, return_state=True),
     no_gradient=SEA_ESTIMATE.no_gradient,
 )

@@ -11,7 +11,7 @@ from .randomized import _gradients, _out_and_lse, _pair
 __all__ = ["eva_attention", "eva_attention_bwd"]
 
 _EVA_ARRAYS = ("k_bar", "mu", "noise", "key_mask")
-_STATE = "(k_tail, v_tail, mask_tail, k_bar, beta, log_mass)"
+_STATE = ("k_tail", "v_tail", "mask_tail", "k_bar", "beta", "log_mass")
 
 
 def eva_attention(
@@ -125,10 +125,7 @@ def _go_on(call: Call, state: Any, key_mask: Array) -> list[Array]:
     call.arrays["key_mask"] = key_mask
     if state is None:
         return [None, None, None]
-    if not isinstance(state, (tuple, list)) or len(state) != 6:
-        got = f"{len(state)} values" if isinstance(state, (tuple, list)) else type(state).__name__
-        raise TypeError(f"[{call.op}] state: expected None or a tuple {_STATE}, got {got}")
-    k_tail, v_tail, mask_tail, *past = (call.enter("state", part) for part in state)
+    k_tail, v_tail, mask_tail, *past = (call.enter("state", part) for part in call.state(state, _STATE))
     for name, tail in (("k", k_tail), ("v", v_tail)):
         shape = call.shape(name, "B Hkv M D")
         expected = (*shape[:2], None if tail is None or tail.ndim != 4 else tail.shape[2], shape[3])

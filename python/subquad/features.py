@@ -231,14 +231,10 @@ def _linear_call(op: str, given: dict[str, Any], **arrays: Array) -> tuple[Call,
 
 def state_parts(call: Call, state: Any) -> list[Array]:
     """A state (S, z, shift or None) as three arrays or None."""
-    if state is None:
-        return [None, None, None]
-    if not isinstance(state, (tuple, list)) or len(state) != 3:
-        got = f"{len(state)} values" if isinstance(state, (tuple, list)) else type(state).__name__
-        raise TypeError(f"[{call.op}] state: expected None or a tuple (S, z, shift), got {got}")
-    if state[0] is None or state[1] is None:
+    parts = call.state(state, ("S", "z", "shift"))
+    if state is not None and (parts[0] is None or parts[1] is None):
         raise TypeError(f"[{call.op}] state: expected arrays S and z, got None")
-    return [call.enter("state", part) for part in state]
+    return [call.enter("state", part) for part in parts]
 
 
 def sampled_proposals(q: Array, k: Array, indices: Array, noise: Array, *, noise_std: float = 1.0) -> Array:

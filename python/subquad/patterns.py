@@ -81,32 +81,34 @@ class CsrPattern(_Matrix):
         """The pattern of a scipy CSR matrix or array [B * H * N, M] in canonical form; log_weights are the logarithms
         of its values, None where all of them are 1."""
         _expect_csr("from_scipy", matrix)
-        return cls._from("from_scipy", matrix.indptr, matrix.indices, matrix.data, matrix.shape, shape)
+        return cls._from("from_scipy", np, matrix.indptr, matrix.indices, matrix.data, matrix.shape, shape)
 
     @classmethod
     def from_cupy(cls, matrix: Any, shape: tuple[int, int, int, int]) -> CsrPattern:
         """As from_scipy, of a cupyx matrix; its arrays stay on the device."""
         _expect_csr("from_cupy", matrix)
-        return cls._from("from_cupy", matrix.indptr, matrix.indices, matrix.data, matrix.shape, shape)
+        import cupy
+
+        return cls._from("from_cupy", cupy, matrix.indptr, matrix.indices, matrix.data, matrix.shape, shape)
 
     @classmethod
     def from_torch(cls, tensor: Any, shape: tuple[int, int, int, int]) -> CsrPattern:
         """As from_scipy, of a torch.sparse_csr tensor."""
         if str(getattr(tensor, "layout", "")) != "torch.sparse_csr":
             raise TypeError(f"[from_torch] tensor: expected one of layout torch.sparse_csr, got {_short(tensor)}")
-        parts = (tensor.crow_indices(), tensor.col_indices().int(), tensor.values().detach())
-        return cls._from("from_torch", *parts, tuple(tensor.shape), shape)
+        import torch
+
+        parts = (tensor.crow_indices(), tensor.col_indices(), tensor.values().detach())
+        return cls._from("from_torch", torch, *parts, tensor.shape, shape)
 
     @classmethod
-    def _from(cls, op: str, indptr: Any, indices: Any, values: Any, given: Any, shape: Any) -> CsrPattern:
+    def _from(cls, op: str, xp: Any, indptr: Any, indices: Any, values: Any, given: Any, shape: Any) -> CsrPattern:
+        """xp: the module of the arrays, which all have log, asarray, int32 and float32."""
         axes = _four(shape)
         if axes is None or tuple(given) != (math.prod(axes[:3]), axes[3]):
             rule = f"(B, H, N, M) with B * H * N, M = {tuple(given)}"
             raise ValueError(f"[{op}] shape: expected {rule}, got {_short(shape)}")
-        module = "torch" if op == "from_torch" else "cupy" if op == "from_cupy" else "numpy"
-        xp = __import__(module)
-        if op != "from_torch":
-            indices = indices.astype("int32")
+        indices = xp.asarray(indices, dtype=xp.int32)
         if bool((values == 1).all()):
             return cls(indptr, indices, axes)
         if not bool((values >= 0).all()):
@@ -116,7 +118,7 @@ class CsrPattern(_Matrix):
             )
         with np.errstate(divide="ignore"):
             logs = xp.log(values)
-        return cls(indptr, indices, axes, logs.float() if op == "from_torch" else logs.astype("float32"))
+        return cls(indptr, indices, axes, xp.asarray(logs, dtype=xp.float32))
 
     def to_csr(self) -> CsrPattern:
         return self

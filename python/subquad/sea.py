@@ -233,15 +233,11 @@ def _extents(parts: dict[str, Any], is_causal: bool) -> tuple[int, int]:
 
 def _state_parts(call: Call, state: Any, names: tuple[str, ...]) -> list[Array]:
     """The arrays of a state as the compiled module takes them; None each without one."""
-    if state is None:
-        return [None] * len(names)
-    if not isinstance(state, (tuple, list)) or len(state) != len(names):
-        got = f"{len(state)} values" if isinstance(state, (tuple, list)) else type(state).__name__
-        raise TypeError(f"[{call.op}] state: expected None or a tuple ({', '.join(names)}), got {got}")
-    for name, part in zip(names, state, strict=True):
-        if part is None:
+    parts = dict(zip(names, call.state(state, names), strict=True))
+    for name, part in parts.items():
+        if state is not None and part is None:
             raise TypeError(f"[{call.op}] state {name}: expected an array, got None")
-    return [call.enter(f"state {name}", part) for name, part in zip(names, state, strict=True)]
+    return [call.enter(f"state {name}", part) for name, part in parts.items()]
 
 
 def running_mean(
