@@ -13,6 +13,7 @@ NAMES = {
     "yoso": "YOSO against exact attention: every speed figure of the README",
     "softmax": "exact attention, RFA, RA, LARA and EVA against torch's exact attention",
     "sparse": "sparse attention, selection and SEA against torch's exact attention, gather, sort",
+    "cuda": "YOSO on a CUDA device against flash attention; --model: the predicted table, without a device",
     "border": "nanoseconds to convert one and three arrays, per framework",
     "machine": "copy bandwidth, multiply-add and exp peaks of this machine",
 }

@@ -65,6 +65,19 @@ class Bench:
         return found
 
 
+def write_json(path: str, lines: list[dict], more: dict) -> None:
+    """The lines with what they have in common, one object a line."""
+    with open(path, "w") as file:
+        for line in lines:
+            file.write(json.dumps(line | more, default=float) + "\n")
+
+
+def summary(lines: list[dict]) -> str:
+    missed = [line["name"] for line in lines if line["met"] is False]
+    met = sum(line["met"] is True for line in lines)
+    return f"{met} targets met, {len(missed)} missed" + "".join(f"\n  {name}" for name in missed)
+
+
 def run(name: str, doc: str, argv: list[str], parts: dict[str, Callable[[Bench], None]], check: Callable) -> int:
     """The command line of one measurement: runs `check`, then its parts, and counts the targets."""
     parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=doc)
@@ -93,14 +106,6 @@ def run(name: str, doc: str, argv: list[str], parts: dict[str, Callable[[Bench],
         if args.only in (None, part):
             body(bench)
     if args.json:
-        with open(args.json, "w") as file:
-            for line in bench.lines:
-                file.write(
-                    json.dumps(line | {"machine": machine.name(), "isa": subquad.cpu.isa()}, default=float) + "\n"
-                )
-    missed = [line["name"] for line in bench.lines if line["met"] is False]
-    print(
-        f"{sum(line['met'] is True for line in bench.lines)} targets met, {len(missed)} missed"
-        + "".join(f"\n  {m}" for m in missed)
-    )
+        write_json(args.json, bench.lines, {"machine": machine.name(), "isa": subquad.cpu.isa()})
+    print(summary(bench.lines))
     return 0

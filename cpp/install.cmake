@@ -8,6 +8,9 @@ if(SKBUILD)
   set(CMAKE_INSTALL_LIBDIR subquad/lib)
   set(CONFIG_DIR subquad/cmake)
 endif()
+# For the CUDA library, which cuda/ adds.
+set(SUBQUAD_LIB_DIR ${CMAKE_INSTALL_LIBDIR} CACHE INTERNAL "where libraries are installed")
+set(SUBQUAD_CONFIG_DIR ${CONFIG_DIR} CACHE INTERNAL "where the package configuration is installed")
 set_target_properties(subquad_core PROPERTIES EXPORT_NAME subquad OUTPUT_NAME subquad)
 add_library(subquad::subquad ALIAS subquad_core)
 install(TARGETS subquad_core EXPORT subquad ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR}

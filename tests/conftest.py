@@ -1,15 +1,44 @@
 """Fixtures that run one test body on every row of kernels and in every framework."""
 
+import os
+
 import numpy as np
 import pytest
 
+import device_arrays
 import subquad
 from subquad import _arrays
 
+# jax takes the first GPU it sees, and most of its memory. Here arrays are on the CPU unless a test says otherwise.
+os.environ.setdefault("JAX_DEFAULT_DEVICE", "cpu")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-@pytest.fixture(params=subquad.cpu.available())
-def isa(request):
-    """Each row of kernels that this machine can run; the test body runs on it and on nothing else."""
+_EMULATED = "cuda_emulated"
+
+
+def _device_rows():
+    """The CUDA kernels: run by the CPU in a build that emulates them, and on a device where there is one."""
+    rows = [_EMULATED] if _EMULATED in subquad.cpu.available() else []
+    return rows if device_arrays.why_no_cuda() else [*rows, "cuda"]
+
+
+def pytest_generate_tests(metafunc):
+    """A test with `isa` runs on every row of CPU kernels, and if it is marked `backends` on the CUDA kernels too."""
+    if "isa" not in metafunc.fixturenames:
+        return
+    rows = [row for row in subquad.cpu.available() if row != _EMULATED]
+    if metafunc.definition.get_closest_marker("backends"):
+        rows += [pytest.param(row, marks=pytest.mark.cuda) for row in _device_rows()]
+    metafunc.parametrize("isa", rows, indirect=True)
+
+
+@pytest.fixture
+def isa(request, monkeypatch):
+    """The row of kernels that the test body runs on, and on nothing else; "cuda" is the first CUDA device."""
+    if request.param == "cuda":
+        device_arrays.install(monkeypatch, "cuda")
+        yield request.param
+        return
     before = subquad.cpu.isa()
     subquad.cpu.set_isa(request.param)
     yield request.param
@@ -33,10 +62,16 @@ def _poison_torch(out):
     return out
 
 
+def _poison_cupy(out):
+    with out.device:
+        return _poison_numpy(out)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
     """Results start as NaN (integers as 0x5a5a), so that an element nobody writes is seen."""
     poisons = {_arrays.Numpy: _poison_numpy, _arrays.Torch: _poison_torch, _arrays.Jax: _poison_numpy}
+    poisons[_arrays.Cupy] = _poison_cupy
     for framework, poison in poisons.items():
         empty = framework.empty
         monkeypatch.setattr(

@@ -206,6 +206,7 @@ def test_torch_rank_7():
     refused(ValueError, "at most 6 axes", require("torch").ones([1] * 7))
 
 
+@pytest.mark.cuda
 def test_torch_on_cuda():
     torch = require("torch")
     if not torch.cuda.is_available():

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 import subquad
-from cases import CASES, DTYPES, arrays, as_dtype, strided
+from cases import CASES, DTYPES, Case, arrays, as_dtype, strided
 from ref import bucket_attention as ref
 from tolerance import assert_budget, round_to
 
+# More pairs of tokens than a GPU compares one by one.
+LONG = dict(batch=1, heads=2, heads_kv=1, seq_q=700, seq_k=400, dim_v=40, masked=True)
+CASES = [*CASES, Case("long", **LONG), Case("long_causal", **LONG, causal=True)]
 BY_NAME = {case.name: case for case in CASES}
 CODES = {"tables": (4, 5, np.uint16), "ranks": (16, 3, np.uint16), "ranks_24": (24, 2, np.int32)}
 
@@ -28,6 +31,7 @@ def problem(case, kind, seed=0, dtype="float32"):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("kind", CODES)
+@pytest.mark.backends
 def test_matches_the_reference(case, kind, isa):
     codes_q, codes_k, v, buckets, masks = problem(case, kind)
     out = subquad.bucket_attention(codes_q, codes_k, v, buckets, scale=0.25, **masks)
@@ -39,6 +43,7 @@ def test_matches_the_reference(case, kind, isa):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("kind", CODES)
+@pytest.mark.backends
 def test_backward_matches_the_reference(case, kind, isa):
     codes_q, codes_k, _, buckets, masks = problem(case, kind)
     dout = np.random.default_rng(2).standard_normal((*codes_q.shape[:2], case.seq_q, case.dim_v)).astype(np.float32)
@@ -68,6 +73,7 @@ def test_transpose_is_the_adjoint():
     assert abs(forward - backward) < 1e-4 * abs(forward)
 
 
+@pytest.mark.backends
 def test_strides_change_nothing(isa):
     codes_q, codes_k, v, buckets, _ = problem(BY_NAME["tails"], "tables")
     expected = subquad.bucket_attention(codes_q, codes_k, v, buckets)

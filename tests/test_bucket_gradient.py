@@ -20,6 +20,7 @@ def problem(case, bits, hashes, seed=0, dtype="float32"):
     return dout, q, k, v, subquad.lsh_hash(q, planes), subquad.lsh_hash(k, planes), masks
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("rule", ["lower_bound", "exact"])
 @pytest.mark.parametrize(("bits", "hashes", "samples"), [(2, 5, 3), (5, 3, 64), (18, 2, 4)])
@@ -59,9 +60,27 @@ def test_every_dtype_and_framework(dtype, framework):
         assert_budget(framework.read(actual), truth, round_to(truth, dtype), dtype=dtype, floor=floor)
 
 
+@pytest.mark.backends
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dout_dtype", DTYPES)
+def test_dout_of_another_dtype(dtype, dout_dtype, isa):
+    pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
+    dout, q, k, v, codes_q, codes_k, masks = problem(BY_NAME["causal_masked_grouped"], 3, 4, dtype=dtype)
+    dout = as_dtype(dout.astype(np.float32), dout_dtype)
+    got = subquad.bucket_gradient(dout, q, k, v, codes_q, codes_k, 3, seed=9, **masks)
+    wide = [x.astype(np.float64) for x in (dout, q, k, v)]
+    codes = codes_q.astype(np.int64), codes_k.astype(np.int64)
+    exact = ref.bucket_gradient(*wide, *codes, 3, rule="lower_bound", num_samples=4, seed=9, **masks)
+    for actual, truth in zip(got, exact, strict=True):
+        floor = 2e-6 * np.abs(truth).max()
+        assert_budget(actual, truth, round_to(truth, dtype), dtype=dtype, floor=floor)
+
+
+@pytest.mark.backends
 @pytest.mark.parametrize("rule", ["lower_bound", "exact"])
-def test_one_bucket_for_all_keys_stays_linear(rule):
-    n = 40_000  # all pairs would be 1.6e9 evaluations a hash
+def test_one_bucket_for_all_keys_stays_linear(rule, isa):
+    # On a CPU all pairs of 40000 rows would be 1.6e9 evaluations a hash.
+    n = 1000 if isa == "cuda_emulated" else 40_000
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 1, n, 16)).astype(np.float32)
     codes = np.zeros((1, 1, 2, n), np.uint16)
@@ -71,7 +90,8 @@ def test_one_bucket_for_all_keys_stays_linear(rule):
     assert np.isfinite(dq).all() and np.isfinite(dk).all()
 
 
-def test_a_row_without_gradient_gets_none():
+@pytest.mark.backends
+def test_a_row_without_gradient_gets_none(isa):
     dout, q, k, v, codes_q, codes_k, _ = problem(BY_NAME["plain"], 2, 4)
     dout[:, :, 5] = 0
     q[:, :, 6] = 0

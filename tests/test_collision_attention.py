@@ -11,6 +11,7 @@ from tolerance import assert_budget, redrawn_floor, round_to
 BY_NAME = {case.name: case for case in CASES}
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("bits", [1, 8, 11])
 def test_matches_the_reference(case, bits, isa):
@@ -25,6 +26,7 @@ def test_matches_the_reference(case, bits, isa):
     assert_budget(out, exact, plain, floor=floor)
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(("bits", "grad"), [(1, "exact"), (8, "exact"), (8, "lower_bound")])
 def test_backward_matches_the_reference(case, bits, grad, isa):
@@ -56,6 +58,7 @@ def test_every_dtype_and_framework(dtype, framework):
     assert_budget(out, exact, round_to(plain, dtype), dtype=dtype)
 
 
+@pytest.mark.backends
 def test_central_differences(isa):
     case = BY_NAME["tails"]
     q, k, v, _ = arrays(case)
@@ -75,6 +78,23 @@ def test_central_differences(isa):
         assert abs((gradient * step).sum() - slope) < 1e-4 * np.sqrt((gradient.astype(np.float64) ** 2).sum())
 
 
+@pytest.mark.backends
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("name", ["causal_masked_grouped", "wide"])
+def test_backward_of_16_bit_rows(name, dtype, isa):
+    pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed") if dtype == "bfloat16" else None
+    case = BY_NAME[name]
+    q, k, v, masks = arrays(case, dtype=dtype)
+    dout = as_dtype(np.random.default_rng(1).standard_normal((*q.shape[:3], case.dim_v)), dtype)
+    got = subquad.collision_attention_bwd(dout, q, k, v, 8, **masks)
+    wide = [x.astype(np.float64) for x in (dout, q, k, v)]
+    exact = ref.collision_attention_bwd(*wide, 8, **masks)
+    plain = ref.collision_attention_bwd(*wide, 8, **masks, dtype=np.float32)
+    for what, actual, truth, rounded in zip(("dq", "dk", "dv"), got, exact, plain, strict=True):
+        assert_budget(actual, truth, round_to(rounded, dtype), dtype=dtype, what=what)
+
+
+@pytest.mark.backends
 @pytest.mark.parametrize("sign", [1, -1])
 def test_parallel_rows_are_finite_and_bounded(sign, isa):
     x = as_dtype(np.random.default_rng(5).standard_normal((1, 2, 50, 24)), "float32")

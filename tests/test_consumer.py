@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import subquad
+
 REPOSITORY = Path(__file__).parent.parent
 CONSUMER = Path(__file__).parent / "cpp" / "consumer"
 
@@ -35,6 +37,9 @@ def check_consumer(build, *settings):
     printed = run(build / "consumer")
     checksum = float(re.search(r"checksum ([0-9.]+)", printed)[1])
     assert 590 < checksum < 600.01, printed  # 600 rows of length 1, a few of them zero
+    if (build / "consumer_cuda").exists():
+        done = subprocess.run([str(build / "consumer_cuda")], capture_output=True, text=True, timeout=300)
+        assert done.returncode == (0 if subquad.cuda.is_available() else 77), done.stdout + done.stderr
 
 
 def test_wheel(tmp_path):
@@ -44,7 +49,8 @@ def test_wheel(tmp_path):
 
 def test_plain_install(tmp_path):
     build, prefix = tmp_path / "build", tmp_path / "prefix"
-    run("cmake", "-S", REPOSITORY, "-B", build, "-DSUBQUAD_PYTHON=OFF", f"-DCMAKE_INSTALL_PREFIX={prefix}")
+    settings = ("-DSUBQUAD_PYTHON=OFF", "-DSUBQUAD_CUDA=OFF", f"-DCMAKE_INSTALL_PREFIX={prefix}")
+    run("cmake", "-S", REPOSITORY, "-B", build, *settings)
     run("cmake", "--build", build, "-j", os.cpu_count() or 1)
     run("cmake", "--install", build)
     check_consumer(tmp_path / "consumer", f"-DCMAKE_PREFIX_PATH={prefix}")

@@ -58,32 +58,91 @@ def test_errors_of_producers():
 def test_cuda_needs_a_framework_whose_stream_is_known():
     x = np.ones(3, F)
     refused(TypeError, "expected a torch or cupy array on a CUDA device, got a dlpack", Producer(x, device=(CUDA, 0)))
-    jax_like = type("ArrayImpl", (Producer,), {"__module__": "jaxlib.fake"})
-    refused(_ext.UnsupportedError, "subquad.jax under jax.jit", jax_like(x, device=(CUDA, 0)))
+    for base in (Producer, Exchange):
+        jax_like = type("ArrayImpl", (base,), {"__module__": "jaxlib.fake"})
+        refused(_ext.UnsupportedError, "got a jax array: use subquad.jax", jax_like(x, device=(CUDA, 0)))
+
+
+class CupyDevice:
+    """Which device of cupy is current; 0 where none was entered."""
+
+    entered = []
+
+    def __init__(self, index):
+        self.index = index
+
+    def __enter__(self):
+        self.entered.append(self.index)
+
+    def __exit__(self, *exception):
+        self.entered.pop()
+
+
+def cupy_array(monkeypatch, alloc):
+    """An array on device 1 of a cupy whose current device is 0 and whose current streams differ by device."""
+    current_stream = lambda: types.SimpleNamespace(ptr=0x77 + (CupyDevice.entered or [0])[-1])  # noqa: E731
+    cuda = types.SimpleNamespace(Device=CupyDevice, alloc=alloc, get_current_stream=current_stream)
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
+    return type("ndarray", (Producer,), {"__module__": "cupy"})(np.ones(3, F), device=(CUDA, 1))
 
 
 def test_cupy_stream_and_memory(monkeypatch):
-    class Device:
-        current = []
+    freed = []
 
-        def __init__(self, index):
-            self.index = index
+    class Memory:
+        ptr = 0x1100
 
-        def __enter__(self):
-            self.current.append(self.index)
-
-        def __exit__(self, *exception):
-            self.current.pop()
+        def __del__(self):
+            freed.append(self.ptr)
 
     def alloc(size):
-        assert Device.current == [1]
-        return types.SimpleNamespace(ptr=0x1000 + size)
+        assert CupyDevice.entered == [1] and size == 256
+        return Memory()
 
-    cuda = types.SimpleNamespace(Device=Device, alloc=alloc, get_current_stream=lambda: types.SimpleNamespace(ptr=0x77))
-    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
-    x = type("ndarray", (Producer,), {"__module__": "cupy"})(np.ones(3, F), device=(CUDA, 1))
-    assert _ext._resources(x, 256) == ("cuda:1", 0x77, 1, 0x1100)
-    assert x.calls == [{"stream": -1, "max_version": (1, 3)}] and not Device.current
+    x = cupy_array(monkeypatch, alloc)
+    assert _ext._resources(x, 256) == ("cuda:1", 0x78, 1, 0x1100)
+    assert x.calls == [{"stream": -1, "max_version": (1, 3)}]
+    assert freed == [0x1100] and not CupyDevice.entered
+
+
+def test_a_failing_allocation_leaves_the_device_of_cupy(monkeypatch):
+    def alloc(size):
+        raise MemoryError("out of memory")
+
+    with pytest.raises(MemoryError, match="out of memory"):
+        _ext._resources(cupy_array(monkeypatch, alloc), 256)
+    assert not CupyDevice.entered
+
+
+@pytest.mark.parametrize("kind", [CUDA, 13], ids=["device", "managed"])
+def test_torch_without_the_exchange_api(monkeypatch, kind):
+    class Tensor(Producer):
+        requires_grad = False
+
+        def is_neg(self):
+            return False
+
+    def empty(size, *, dtype, device):
+        assert (size, dtype, device) == (256, "uint8", "cuda:1")
+        return types.SimpleNamespace(data_ptr=lambda: 0x1200)
+
+    fake = types.SimpleNamespace(Tensor=Tensor, nn=types.SimpleNamespace(Parameter=None), empty=empty, uint8="uint8")
+    fake.cuda = types.SimpleNamespace(current_stream=lambda index: types.SimpleNamespace(cuda_stream=0x90 + index))
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    x = Tensor(np.ones(3, F), device=(kind, 1))
+    assert _ext._resources(x, 256) == ("cuda:1", 0x91, 1, 0x1200)
+    assert x.calls == [{"stream": -1, "max_version": (1, 3)}]
+    assert _ext._seed(Tensor(np.array(9), device=(kind, 1)), x) == (0, True)
+
+
+def test_arrays_of_one_call_on_two_devices():
+    x = np.ones(3, F)
+    with pytest.raises(TypeError, match="b: expected an array on cuda:0, where a is, got one on cuda:1"):
+        _ext._convert(Exchange(x, device=(CUDA, 0)), Exchange(x, device=(CUDA, 1)), None)
+    with pytest.raises(TypeError, match="b: expected an array on cpu, where a is, got one on cuda:1"):
+        _ext._convert(Exchange(x), Exchange(x, device=(CUDA, 1)), None)
+    with pytest.raises(TypeError, match="seed: expected an array on cuda:1, where array is, got one on cuda:0"):
+        _ext._seed(Exchange(np.array(9), device=(CUDA, 0)), Exchange(x, device=(CUDA, 1)))
 
 
 def test_exchange_api():

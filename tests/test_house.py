@@ -116,6 +116,28 @@ def test_the_core_knows_no_cuda_and_the_bindings_only_public_headers():
             assert allowed or (path.parent / include.strip('"')).exists(), f"{path.name} includes {include}"
 
 
+def cuda_sources():
+    return [path for path in (ROOT / "cuda/src").rglob("*.*") if path.name != "register.cu"]
+
+
+def test_cuda_kernels_include_the_core_and_no_framework():
+    allowed = re.compile(
+        r'"(device/\w+\.cuh|\w+\.cuh|table\.h|ops/\w+_args\.h|core/(kernels|operand|visit|philox)\.h'
+        r'|subquad/(dtype|queue|options)\.h)"'
+    )
+    for path in cuda_sources():
+        for include in includes(path):
+            language = path.parent.name == "device" and re.match(r'<cuda_runtime\.h>|"emulator/', include)
+            assert language or include in ROW_HEADERS or allowed.match(include), f"{path.name} includes {include}"
+
+
+def test_cuda_kernels_start_in_one_place_and_write_no_assembler():
+    for path in cuda_sources():
+        if path.parent.name != "device":
+            text = path.read_text()
+            assert "<<<" not in text and "asm" not in text, path.name
+
+
 def test_importing_subquad_loads_numpy_and_no_other_framework():
     others = ("torch", "jax", "cupy", "transformers", "matplotlib", "scipy")
     script = f"import sys, subquad; print([m for m in {others} if m in sys.modules])"
@@ -167,6 +189,17 @@ def test_every_operator_has_every_part():
             ("cpp/include/subquad/subquad.h", f"subquad/{name}.h"),
         ):
             assert line in (ROOT / table).read_text(), f"{name}: no line in {table}"
+
+
+def test_every_cuda_slot_has_its_kernel():
+    slots = re.findall(r"> (\w+)_slot;", (ROOT / "cuda/src/table.h").read_text())
+    assert len(slots) >= 10
+    for name in slots:
+        assert f"k.{name} = {name}_slot;" in (ROOT / "cuda/src/table.cu").read_text(), name
+        operator = name.removesuffix("_bwd")
+        assert operator in words("SUBQUAD_OPERATORS"), name
+        for part in (f"cuda/src/{operator}.cu", f"cuda/src/{operator}.cuh"):
+            assert (ROOT / part).exists(), f"{name}: {part} is missing"
 
 
 def test_every_method_has_every_part():

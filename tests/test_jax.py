@@ -275,4 +275,4 @@ def test_imports(monkeypatch, tmp_path):
     header.write_text("#define XLA_FFI_API_MAJOR 1\n#define XLA_FFI_API_MINOR 0\n")
     monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
     with pytest.raises(ImportError, match=r"\[subquad.jax\] jax: expected version 0.x .*, got 1.0"):
-        _ffi._minor_version()
+        _ffi._interface()

@@ -11,6 +11,7 @@ SHAPES = [(), (1,), (5,), (3, 7), (2, 3, 5), (2, 3, 4, 9), (1, 1, 300, 33), (0, 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("seed", [0, 1, 2**40 + 17, -5])
+@pytest.mark.backends
 def test_uniform_and_signs_are_the_reference_bits(shape, seed, isa):
     np.testing.assert_array_equal(
         subquad.random_uniform(shape, seed=seed, stream=16), philox.random_uniform(shape, seed, 16).astype(np.float32)
@@ -20,11 +21,14 @@ def test_uniform_and_signs_are_the_reference_bits(shape, seed, isa):
     )
 
 
+@pytest.mark.backends
 def test_normals_are_close_to_box_muller_and_equal_on_every_row(isa):
     shape = (2, 400, 67)
     normal = subquad.random_normal(shape, seed=7)
     exact = philox.random_normal(shape, 7)
     assert (np.abs(normal - exact) <= 4e-7 * np.maximum(1, np.abs(exact))).all()
+    if isa == "cuda":
+        return
     subquad.cpu.set_isa(subquad.cpu.available()[0])
     np.testing.assert_array_equal(normal, subquad.random_normal(shape, seed=7))
     subquad.cpu.set_isa(isa)

@@ -4,59 +4,14 @@ import numpy as np
 import pytest
 
 import subquad
-from cases import CASES, DTYPES, Case, arrays, as_dtype, strided
+from cases import CASES, DTYPES, Case, arrays, strided
 from ref import yoso_attention as ref
-from tolerance import assert_budget, redrawn_floor, round_to
-
-BY_NAME = {case.name: case for case in CASES}
-METHOD = {
-    "hadamard": dict(num_hashes=5, hash_bits=4, seed=3),
-    "published": dict(num_hashes=9, hash_bits=5, seed=3, carving="published"),
-    "gaussian": dict(num_hashes=6, hash_bits=3, seed=3, hashing="gaussian"),
-    "wide_codes": dict(num_hashes=3, hash_bits=18, seed=3),
-    "expectation": dict(hash_bits=5, expectation=True),
-    "raw": dict(num_hashes=5, hash_bits=4, seed=3, normalize=False),
-}
-
-
-def library_codes(q, k, keywords):
-    """The library's own codes: Gaussian ones may differ from the reference's on near ties, which is its own test."""
-    hashing = dict(num_hashes=32, hash_bits=8, hashing="hadamard", carving="strided", seed=0) | keywords
-    if hashing.get("expectation"):
-        return None
-    heads_kv, dim, m, tau = k.shape[1], q.shape[3], hashing["num_hashes"], hashing["hash_bits"]
-    if hashing["hashing"] == "gaussian":
-        planes = subquad.random_normal((heads_kv, m * tau, dim), seed=hashing["seed"], stream=1)
-        planes = planes.reshape(heads_kv, m, tau, dim)
-        return tuple(subquad.lsh_hash(x, planes).astype(np.int32) for x in (q, k))
-    padded = subquad._ext.hadamard_padded(dim)
-    parts = subquad._ext.hadamard_parts(m, tau, dim, hashing["carving"])
-    signs = subquad.random_signs((heads_kv, 3 * parts, padded), seed=hashing["seed"], stream=2)
-    signs = signs.reshape(heads_kv, 3, parts, padded)
-    hashed = (subquad.lsh_hash(x, signs=signs, num_hashes=m, hash_bits=tau, carving=hashing["carving"]) for x in (q, k))
-    return tuple(codes.astype(np.int32) for codes in hashed)
-
-
-def check_forward(case, keywords, dtype="float32", framework=None):
-    q, k, v, masks = arrays(case, dtype=dtype)
-    codes = library_codes(q, k, keywords)
-    if framework is None:
-        out = np.asarray(subquad.yoso_attention(q, k, v, **keywords, **masks), np.float32)
-    else:
-        masks = {name: framework.make(m) if isinstance(m, np.ndarray) else m for name, m in masks.items()}
-        out = framework.read(subquad.yoso_attention(*framework.arrays(q, k, v), **keywords, **masks))
-        masks = arrays(case, dtype=dtype)[3]
-    wide = [x.astype(np.float64) for x in (q, k, v)]
-    exact = ref.yoso_attention(*wide, **keywords, **masks, codes=codes)
-    plain = ref.yoso_attention(*wide, **keywords, **masks, codes=codes, dtype=np.float32)
-    call = dict(keywords, **masks, codes=codes, dtype=np.float32)
-    (floor,) = redrawn_floor(lambda q, k: ref.yoso_attention(q, k, wide[2], **call), *wide[:2], exact)
-    assert_budget(out, exact, round_to(plain, dtype), dtype=dtype, floor=floor, what=f"out of {case}")
-
+from yoso_checks import BY_NAME, METHOD, check_backward, check_forward, library_codes
 
 # Matches the reference
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("method", METHOD)
 def test_forward_matches_the_reference(case, method, isa):
@@ -71,6 +26,15 @@ def test_forward_in_every_dtype_and_framework(dtype, method, framework):
         check_forward(BY_NAME[name], METHOD[method], dtype, framework)
 
 
+@pytest.mark.backends
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("method", ["hadamard", "gaussian", "expectation"])
+def test_forward_in_16_bits(dtype, method, isa):
+    pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed") if dtype == "bfloat16" else None
+    check_forward(BY_NAME["causal_masked_grouped"], METHOD[method], dtype)
+
+
+@pytest.mark.backends
 def test_seeded_hashing_is_the_reference_hashing(isa):
     case = BY_NAME["grouped"]
     q, k, v, _ = arrays(case)
@@ -96,51 +60,30 @@ GRADIENTS = [
 ]
 
 
-def check_backward(case, keywords, dtype="float32", saved=False):
-    q, k, v, masks = arrays(case, dtype=dtype)
-    codes = library_codes(q, k, keywords)
-    rng = np.random.default_rng(1)
-    dout = as_dtype(rng.standard_normal((case.batch, case.heads, case.seq_q, case.dim_v)), dtype)
-    given = {}
-    if saved:
-        forward = {name: value for name, value in keywords.items()}
-        given["out"], given["lse"] = subquad.yoso_attention(q, k, v, **forward, **masks, return_lse=True)
-    got = subquad.yoso_attention_bwd(dout, q, k, v, **keywords, **masks, **given)
-    wide = [x.astype(np.float64) for x in (dout, q, k, v)]
-    exact = ref.yoso_attention_bwd(*wide, **keywords, **masks, codes=codes)
-    plain = ref.yoso_attention_bwd(*wide, **keywords, **masks, codes=codes, dtype=np.float32)
-    call = dict(keywords, **masks, codes=codes, dtype=np.float32)
-    again = lambda q, k: ref.yoso_attention_bwd(wide[0], q, k, wide[3], **call)  # noqa: E731
-    floors = redrawn_floor(again, *wide[1:3], exact, gradients=(0, 1))
-    for name, actual, truth, rounded, floor, like in zip(
-        ("dq", "dk", "dv"), got, exact, plain, floors, (q, k, v), strict=True
-    ):
-        assert actual.shape == like.shape and actual.dtype == like.dtype
-        actual, rounded = np.asarray(actual, np.float32), round_to(rounded, dtype)
-        assert_budget(actual, truth, rounded, dtype=dtype, floor=floor, what=f"{name} {case}")
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(("method", "grad"), GRADIENTS)
 def test_backward_matches_the_reference(case, method, grad):
     check_backward(case, METHOD[method] | dict(grad=grad))
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize(("method", "grad"), GRADIENTS)
 def test_backward_on_every_row(method, grad, isa):
     for name in ("tails", "masked_grouped", "causal_masked_grouped"):
         check_backward(BY_NAME[name], METHOD[method] | dict(grad=grad))
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(("method", "grad"), [("hadamard", "sampled"), ("expectation", "exact")])
-def test_backward_in_16_bits(dtype, method, grad):
+def test_backward_in_16_bits(dtype, method, grad, isa):
     pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed") if dtype == "bfloat16" else None
     check_backward(BY_NAME["masked_grouped"], METHOD[method] | dict(grad=grad), dtype)
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize(("method", "grad"), [("hadamard", "sampled"), ("expectation", "exact")])
-def test_backward_takes_what_the_forward_saved(method, grad):
+def test_backward_takes_what_the_forward_saved(method, grad, isa):
     check_backward(BY_NAME["tails"], METHOD[method] | dict(grad=grad), saved=True)
 
 
@@ -156,9 +99,10 @@ def test_default_gradients():
 # Edges
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("method", METHOD)
 @pytest.mark.parametrize("empty", ["batch", "heads", "seq_q", "seq_k"])
-def test_empty_axes(method, empty):
+def test_empty_axes(method, empty, isa):
     sizes = {empty: 0} | (dict(heads_kv=0) if empty == "heads" else {})
     shape = Case("empty", **({"batch": 2, "heads": 2, "heads_kv": 2, "seq_q": 5, "seq_k": 5} | sizes))
     q = np.ones((shape.batch, shape.heads, shape.seq_q, 16), np.float32)
@@ -171,8 +115,9 @@ def test_empty_axes(method, empty):
         np.testing.assert_array_equal(grad, 0)
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("method", ["hadamard", "gaussian", "expectation"])
-def test_strides_change_nothing(method):
+def test_strides_change_nothing(method, isa):
     case = BY_NAME["tails"]
     q, k, v, _ = arrays(case)
     expected = subquad.yoso_attention(q, k, v, **METHOD[method])
@@ -190,8 +135,9 @@ def test_strides_change_nothing(method):
         np.testing.assert_array_equal(actual, truth)
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("method", ["hadamard", "expectation"])
-def test_broadcast_inputs(method):
+def test_broadcast_inputs(method, isa):
     q, k, v, _ = arrays(BY_NAME["plain"])
     shared = np.broadcast_to(k[:1, :1], k.shape)
     expected = subquad.yoso_attention(q, np.ascontiguousarray(shared), v, **METHOD[method])
@@ -208,9 +154,10 @@ def test_huge_strides_on_little_memory():
     np.testing.assert_array_equal(subquad.yoso_attention(view, view, view, **METHOD["hadamard"]), expected)
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e15, 1e30])
 @pytest.mark.parametrize("method", ["hadamard", "expectation"])
-def test_norms_of_queries_and_keys_do_not_matter(method, scale):
+def test_norms_of_queries_and_keys_do_not_matter(method, scale, isa):
     q, k, v, _ = arrays(BY_NAME["tails"])
     out = subquad.yoso_attention(q * np.float32(scale), k, v, **METHOD[method])
     expected = subquad.yoso_attention(q, k, v, **METHOD[method])
@@ -221,8 +168,9 @@ def test_norms_of_queries_and_keys_do_not_matter(method, scale):
         assert not np.isnan(gradient).any()
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("method", [m for m in METHOD])
-def test_parallel_opposite_equal_and_zero_rows_stay_finite(method):
+def test_parallel_opposite_equal_and_zero_rows_stay_finite(method, isa):
     _, k, v, _ = arrays(BY_NAME["plain"])
     k[:, :, 3] = k[:, :, 2]
     k[:, :, 4] = 0
@@ -236,7 +184,8 @@ def test_parallel_opposite_equal_and_zero_rows_stay_finite(method):
             assert (gradients[1][:, :, 4] == 0).all(), "a zero key has no direction, so no gradient"
 
 
-def test_rows_without_collisions_are_zero_and_pass_no_gradient():
+@pytest.mark.backends
+def test_rows_without_collisions_are_zero_and_pass_no_gradient(isa):
     q = np.zeros((1, 1, 3, 16), np.float32)
     q[..., 0] = 1
     k, v = -q, np.ones_like(q)
@@ -252,8 +201,9 @@ def test_rows_without_collisions_are_zero_and_pass_no_gradient():
 # Laws
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("method", METHOD)
-def test_same_bits_again_alone_and_in_a_batch(method):
+def test_same_bits_again_alone_and_in_a_batch(method, isa):
     case = BY_NAME["causal_masked_grouped"]
     q, k, v, masks = arrays(case)
     out = subquad.yoso_attention(q, k, v, **METHOD[method], **masks)
@@ -262,8 +212,9 @@ def test_same_bits_again_alone_and_in_a_batch(method):
     np.testing.assert_array_equal(out[1:], subquad.yoso_attention(q[1:], k[1:], v[1:], **METHOD[method], **alone))
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("method", METHOD)
-def test_a_later_token_leaves_earlier_rows_bit_identical(method):
+def test_a_later_token_leaves_earlier_rows_bit_identical(method, isa):
     q, k, v, _ = arrays(BY_NAME["causal"])
     out = subquad.yoso_attention(q, k, v, **METHOD[method], is_causal=True)
     for x in (q, k, v):
@@ -272,15 +223,17 @@ def test_a_later_token_leaves_earlier_rows_bit_identical(method):
     np.testing.assert_array_equal(out[:, :, :25], changed[:, :, :25])
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("method", METHOD)
-def test_decoding_is_the_last_rows_of_prefill(method):
+def test_decoding_is_the_last_rows_of_prefill(method, isa):
     q, k, v, _ = arrays(BY_NAME["causal"])
     out = subquad.yoso_attention(q, k, v, **METHOD[method], is_causal=True)
     last = subquad.yoso_attention(q[:, :, -3:], k, v, **METHOD[method], is_causal=True)
     np.testing.assert_allclose(last, out[:, :, -3:], atol=1e-6)
 
 
-def test_masked_is_absent():
+@pytest.mark.backends
+def test_masked_is_absent(isa):
     case = BY_NAME["masked"]
     q, k, v, masks = arrays(case)
     keep_k, keep_q = masks["key_mask"][0], masks["query_mask"][0]
@@ -291,7 +244,8 @@ def test_masked_is_absent():
         assert (out[:, :, ~keep_q] == 0).all()
 
 
-def test_grouped_heads_equal_repeated_heads_for_shared_planes():
+@pytest.mark.backends
+def test_grouped_heads_equal_repeated_heads_for_shared_planes(isa):
     q, k, v, _ = arrays(BY_NAME["grouped"])
     planes = subquad.random_normal((5, 4, 16), seed=1)
     grouped = subquad.yoso_attention(q, k, v, planes=planes)
@@ -299,7 +253,8 @@ def test_grouped_heads_equal_repeated_heads_for_shared_planes():
     np.testing.assert_array_equal(grouped, repeated)
 
 
-def test_explicit_randomness_equals_the_seed():
+@pytest.mark.backends
+def test_explicit_randomness_equals_the_seed(isa):
     q, k, v, _ = arrays(BY_NAME["grouped"])
     planes = subquad.random_normal((2, 6 * 5, 16), seed=9, stream=1).reshape(2, 6, 5, 16)
     seeded = subquad.yoso_attention(q, k, v, num_hashes=6, hash_bits=5, hashing="gaussian", seed=9)
@@ -310,7 +265,8 @@ def test_explicit_randomness_equals_the_seed():
     np.testing.assert_array_equal(seeded, subquad.yoso_attention(q, k, v, num_hashes=6, hash_bits=5, signs=signs))
 
 
-def test_seeds():
+@pytest.mark.backends
+def test_seeds(isa):
     q, k, v, _ = arrays(BY_NAME["plain"])
     run = lambda seed: subquad.yoso_attention(q, k, v, num_hashes=2, hash_bits=6, seed=seed)  # noqa: E731
     np.testing.assert_array_equal(run(5), run(np.array(5, np.int64)))
@@ -319,7 +275,8 @@ def test_seeds():
     assert not np.array_equal(run(5), run(5 + 2**32))
 
 
-def test_lse_is_the_log_of_the_norm():
+@pytest.mark.backends
+def test_lse_is_the_log_of_the_norm(isa):
     q, k, v, masks = arrays(BY_NAME["masked_grouped"])
     for keywords in (METHOD["hadamard"], METHOD["expectation"]):
         out, lse = subquad.yoso_attention(q, k, v, **keywords, **masks, return_lse=True)

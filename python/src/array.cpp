@@ -10,16 +10,11 @@
 #include "dlpack.h"
 #include "huge_pages.h"
 #include "numpy_abi.h"
-#include "scratch.h"
 #include "subquad/error.h"
 #include "values.h"
 
 namespace subquad::python {
 namespace {
-
-std::string to_string(Device device) {
-  return device.type == DeviceType::cpu ? "cpu" : "cuda:" + std::to_string(device.index);
-}
 
 [[noreturn]] void refuse_dtype(const Argument& argument, nb::handle array) {
   std::string dtype = nb::str(nb::getattr(array, "dtype", nb::str("an unknown dtype"))).c_str();
@@ -95,6 +90,20 @@ ConstTensor view_numpy(const Argument& argument, nb::handle object, bool writabl
   if (writable && !(array->flags & numpy::kWriteable)) refuse_read_only(argument);
   return make_view(argument, dtype, {DeviceType::cpu, 0}, array->data, array->rank, array->shape, array->strides,
                    dtype_bytes(dtype));
+}
+
+/// The memory of a custom call's operand or result, which our own class describes in elements.
+ConstTensor view_buffer(const Argument& argument, nb::handle buffer) {
+  const nb::object element = buffer.attr("dtype");
+  const DType dtype = numpy_dtype(reinterpret_cast<numpy::Descr*>(element.ptr()));
+  if (dtype == DType::none) refuse_dtype(argument, buffer);
+  const nb::tuple extents(buffer.attr("shape")), steps(buffer.attr("strides"));
+  const int rank = int(std::min<size_t>(extents.size(), kMaxRank + 1));
+  int64_t shape[kMaxRank + 1], strides[kMaxRank + 1];
+  for (int i = 0; i < rank; ++i) shape[i] = nb::cast<int64_t>(extents[i]), strides[i] = nb::cast<int64_t>(steps[i]);
+  const Device device = {DeviceType::cuda, nb::cast<int32_t>(buffer.attr("queue").attr("device"))};
+  const void* data = PyLong_AsVoidPtr(nb::object(buffer.attr("address")).ptr());
+  return make_view(argument, dtype, device, data, rank, shape, strides, 1);
 }
 
 DType dlpack_dtype(dlpack::DataType dtype) {
@@ -176,10 +185,11 @@ nb::object dlpack_capsule(const ArrayType& type, nb::handle array) {
 
 /// Only a framework that tells its stream can be followed on a CUDA device.
 void check_cuda_framework(const Argument& argument, const ArrayType& type) {
-  if (type.exchange || type.family == Family::torch || type.family == Family::cupy) return;
   const std::string expected = "a torch or cupy array on a CUDA device";
-  if (type.family != Family::jax) argument.mismatch(expected, "a " + type.framework + " array");
-  throw Unsupported(sentence(argument.op, argument.name, expected, "a jax array: use subquad.jax under jax.jit"));
+  if (type.family == Family::jax)
+    throw Unsupported(sentence(argument.op, argument.name, expected, "a jax array: use subquad.jax"));
+  if (!type.exchange && type.family != Family::torch && type.family != Family::cupy)
+    argument.mismatch(expected, "a " + type.framework + " array");
 }
 
 /// The content of a DLPack capsule of either kind.
@@ -234,17 +244,21 @@ ConstTensor Border::convert(const Argument& argument, nb::handle array, bool wri
   const ArrayType* type = array_type(argument, array);
   if (!type) argument.mismatch("an array (numpy, torch, cupy or jax)", nb::inst_name(array).c_str());
   const ConstTensor t = view(argument, *type, array, writable);
-  join(argument, *type, t.device, writable);
+  join(argument, *type, array, t.device, writable);
   keep(nb::borrow(array));
   return t;
 }
 
 ConstTensor Border::view(const Argument& argument, const ArrayType& type, nb::handle array, bool writable) {
   if (type.has_numpy_layout) return view_numpy(argument, array, writable);
+  if (type.family == Family::buffer) return view_buffer(argument, array);
   if (type.family == Family::torch) check_torch_tensor(argument, type, array);
   if (type.family == Family::jax && writable)
     argument.mismatch("an array that may be written", "a jax array, which is immutable: pass a numpy array");
-  return type.exchange ? view_exchange(argument, type, array) : view_protocol(argument, type, array, writable);
+  const ConstTensor t =
+      type.exchange ? view_exchange(argument, type, array) : view_protocol(argument, type, array, writable);
+  if (t.device.type == DeviceType::cuda) check_cuda_framework(argument, type);
+  return t;
 }
 
 /// The capsule owns the tensor until a consumer renames it. The call only borrows, so it keeps the capsule as it is.
@@ -258,14 +272,14 @@ ConstTensor Border::view_protocol(const Argument& argument, const ArrayType& typ
     argument.mismatch("an array in memory", obstacle(type, array, exception_line(error)));
   }
   const ConstTensor t = view_dlpack(argument, type, array, capsule_content(argument, capsule, writable));
-  if (t.device.type == DeviceType::cuda) check_cuda_framework(argument, type);
   keep(std::move(capsule));
   return t;
 }
 
-void Border::join(const Argument& argument, const ArrayType& type, Device device, bool writable) {
+void Border::join(const Argument& argument, const ArrayType& type, nb::handle array, Device device, bool writable) {
   if (!first_) {
     first_ = &type;
+    first_array_ = array;
     first_name_ = argument.name;
     device_ = device;
     return;
@@ -301,66 +315,11 @@ Seed Border::seed(nb::handle value) {
   if (t.device.type == DeviceType::cpu) {
     seed.value = uint64_t(*static_cast<const int64_t*>(t.data));
   } else {
-    join(argument, *type, t.device, false);
+    join(argument, *type, value, t.device, false);
     keep(nb::borrow(value));
     seed.pointer = static_cast<const int64_t*>(t.data);
   }
   return seed;
-}
-
-Queue Border::queue() const {
-  if (device_.type == DeviceType::cpu) return Queue::cpu();
-  void* stream = nullptr;
-  if (first_->exchange) {
-    if (first_->exchange->current_stream(dlpack::kCuda, device_.index, &stream) != 0) nb::raise_python_error();
-  } else if (first_->family == Family::torch) {
-    const nb::object current = imported("torch").attr("cuda").attr("current_stream")(device_.index);
-    stream = PyLong_AsVoidPtr(nb::object(current.attr("cuda_stream")).ptr());
-  } else {
-    const nb::object current = imported("cupy").attr("cuda").attr("get_current_stream")();
-    stream = PyLong_AsVoidPtr(nb::object(current.attr("ptr")).ptr());
-  }
-  return Queue::cuda(device_.index, stream);
-}
-
-Workspace Border::workspace(int64_t bytes) {
-  if (bytes <= 0) return {};
-  if (device_.type == DeviceType::cuda) return {device_memory(bytes), bytes};
-  Scratch* block = Scratch::acquire(bytes);
-  keep(block, [](void* kept) { Scratch::release(static_cast<Scratch*>(kept)); });
-  return {block->data(), bytes};
-}
-
-void* Border::device_memory(int64_t bytes) {
-  if (first_->exchange) {
-    dlpack::Tensor prototype = {nullptr, {dlpack::kCuda, device_.index}, 1, {dlpack::kUInt, 8, 1}, &bytes, nullptr, 0};
-    dlpack::ManagedVersioned* managed = nullptr;
-    std::string message;
-    const auto set_error = [](void* error, const char*, const char* what) { *static_cast<std::string*>(error) = what; };
-    if (first_->exchange->allocate(&prototype, &managed, &message, set_error) != 0)
-      throw std::runtime_error(
-          sentence(op_, "workspace", std::to_string(bytes) + " bytes on " + to_string(device_), message));
-    keep(managed, [](void* kept) {
-      auto* tensor = static_cast<dlpack::ManagedVersioned*>(kept);
-      if (tensor->deleter) tensor->deleter(tensor);
-    });
-    return static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
-  }
-  nb::object memory, address;
-  if (first_->family == Family::torch) {
-    const nb::object torch = imported("torch");
-    memory = torch.attr("empty")(bytes, nb::arg("dtype") = torch.attr("uint8"), nb::arg("device") = to_string(device_));
-    address = memory.attr("data_ptr")();
-  } else {
-    const nb::object cuda = imported("cupy").attr("cuda");
-    const nb::object device = cuda.attr("Device")(device_.index);
-    device.attr("__enter__")();
-    memory = cuda.attr("alloc")(bytes);
-    device.attr("__exit__")(nb::none(), nb::none(), nb::none());
-    address = memory.attr("ptr");
-  }
-  keep(std::move(memory));
-  return PyLong_AsVoidPtr(address.ptr());
 }
 
 }  // namespace subquad::python

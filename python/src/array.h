@@ -50,7 +50,7 @@ class Border {
   void keep(void* object, void (*release)(void*));
   void keep(nb::object object);
   ConstTensor convert(const Argument& argument, nb::handle array, bool writable);
-  void join(const Argument& argument, const ArrayType& type, Device device, bool writable);
+  void join(const Argument& argument, const ArrayType& type, nb::handle array, Device device, bool writable);
   ConstTensor view(const Argument& argument, const ArrayType& type, nb::handle array, bool writable);
   ConstTensor view_protocol(const Argument& argument, const ArrayType& type, nb::handle array, bool writable);
   void* device_memory(int64_t bytes);
@@ -58,6 +58,7 @@ class Border {
   const char* op_;
   const char* first_name_ = nullptr;
   const ArrayType* first_ = nullptr;
+  nb::handle first_array_;
   Device device_ = {DeviceType::cpu, 0};
   int num_kept_ = 0;
   Kept kept_[kMaxKept];

@@ -87,6 +87,11 @@ std::unique_ptr<ArrayType> describe(const Argument& argument, nb::handle type) {
     t.has_numpy_layout = numpy_layout_is_known();
     return made;
   }
+  if (inherits(type, "subquad.jax._cuda", "DeviceBuffer")) {
+    t.family = Family::buffer;
+    t.framework = "jax";
+    return made;
+  }
   if (inherits(type, "torch", "Tensor")) {
     check_plain_torch(argument, type);
     t.family = Family::torch;
@@ -143,6 +148,10 @@ std::string exception_line(nb::python_error& error) {
   if (!error.matches(PyExc_Exception)) throw error;
   const std::string message = text(error.value());
   return text(error.type().attr("__name__")) + ": " + message.substr(0, message.find('\n'));
+}
+
+std::string to_string(Device device) {
+  return device.type == DeviceType::cpu ? "cpu" : "cuda:" + std::to_string(device.index);
 }
 
 const ArrayType* array_type(const Argument& argument, nb::handle array) {

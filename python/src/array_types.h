@@ -5,6 +5,7 @@
 #include <string>
 
 #include "dlpack.h"
+#include "subquad/queue.h"
 
 namespace subquad::python {
 
@@ -21,7 +22,8 @@ struct Argument {
   [[noreturn]] void mismatch(const std::string& expected, const std::string& got) const;
 };
 
-enum class Family : uint8_t { numpy, torch, jax, cupy, other };
+/// `buffer` is our own class for the device memory of a custom call: it knows its stream and where to allocate.
+enum class Family : uint8_t { numpy, torch, jax, cupy, buffer, other };
 
 /// What is known about one Python type of arrays.
 struct ArrayType {
@@ -32,6 +34,9 @@ struct ArrayType {
   const dlpack::ExchangeApi* exchange = nullptr;  ///< null where the type does not offer it
   PyObject* forward_ad = nullptr;                 ///< torch.autograd.forward_ad
 };
+
+/// "cpu" or "cuda:1".
+std::string to_string(Device device);
 
 /// The entry of `array`'s exact type, valid as long as the process; null for what is no array. Throws for arrays that
 /// mean more than their memory, such as masked ones, tracers and fake tensors.

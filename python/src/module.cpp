@@ -5,6 +5,7 @@
 #include "call.h"
 #include "scratch.h"
 #include "subquad/cpu.h"
+#include "subquad/cuda.h"
 #include "subquad/error.h"
 
 namespace nb = nanobind;
@@ -32,11 +33,39 @@ void bind_cpu(nb::module_& m) {
   m.def("free_scratch", &subquad::python::Scratch::forget);
 }
 
+#if defined(SUBQUAD_HAS_CUDA)
+
+nb::list cuda_devices() {
+  nb::list all;
+  for (const subquad::cuda::DeviceInfo& d : subquad::cuda::devices())
+    all.append(nb::make_tuple(d.name, nb::make_tuple(d.major, d.minor), d.multiprocessors, d.memory_bytes));
+  return all;
+}
+
+void bind_cuda(nb::module_& m) {
+  subquad::register_cuda();
+  m.def("cuda_build", [] { return nb::make_tuple(subquad::cuda::runtime_version(), subquad::cuda::architectures()); });
+  m.def("cuda_devices", &cuda_devices);
+  m.def("cuda_why_none", &subquad::cuda::why_none);
+}
+
+#else
+
+void bind_cuda(nb::module_& m) {
+  m.def("cuda_build", [] { return nb::none(); });
+  m.def("cuda_devices", [] { return nb::list(); });
+  m.def("cuda_why_none",
+        [] { return std::string("this build has CPU kernels only: nvcc was not there, or not asked for"); });
+}
+
+#endif
+
 }  // namespace
 
 NB_MODULE(_ext, m) {
   bind_errors(m);
   bind_cpu(m);
+  bind_cuda(m);
   subquad::python::bind_hashing(m);
   subquad::python::bind_softmax(m);
   subquad::python::bind_features(m);

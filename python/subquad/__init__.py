@@ -3,7 +3,7 @@
 Importing this package loads numpy and no other framework; `subquad.torch` holds the operators with autograd.
 """
 
-from . import cpu
+from . import cpu, cuda
 from ._ext import UnsupportedError
 from ._version import __version__
 from .distillation import (
@@ -96,6 +96,7 @@ __all__ = [
     "collision_attention",
     "collision_attention_bwd",
     "cpu",
+    "cuda",
     "eva_attention",
     "eva_attention_bwd",
     "expand_blocks",

@@ -84,7 +84,8 @@ class Cupy(Numpy):
 
     @staticmethod
     def concatenate(parts: list[Array], axis: int = 2) -> Array:
-        return sys.modules["cupy"].concatenate(parts, axis)
+        with parts[0].device:
+            return sys.modules["cupy"].concatenate(parts, axis)
 
     @staticmethod
     def ones(shape: tuple[int, ...], like: Array) -> Array:
@@ -102,7 +103,8 @@ class Jax(Numpy):
             raise TypeError("expected a concrete array, got a jax tracer: use subquad.jax inside jit, grad and vmap")
         devices = {d.platform for d in x.devices()}
         if devices != {"cpu"}:
-            raise TypeError(f"expected a jax array on the cpu, got one on {', '.join(sorted(devices))}")
+            got = ", ".join(sorted(devices))
+            raise TypeError(f"expected a jax array on the cpu, got one on {got}: use subquad.jax")
         return np.asarray(x)
 
     @staticmethod
@@ -118,20 +120,40 @@ class Jax(Numpy):
         return sys.modules["jax"].numpy.asarray(x)
 
 
+class DeviceMemory(Numpy):
+    """The device memory of a custom call of XLA (subquad.jax), whose results have their place already."""
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], dtype: str | None, like: Array) -> Array:
+        return like.queue.empty(shape, np.dtype(like.dtype if dtype is None else dtype))
+
+    @staticmethod
+    def broadcast(x: Array, shape: tuple[int, ...]) -> Array:
+        return x.broadcast_to(shape)
+
+    @staticmethod
+    def concatenate(parts: list[Array], axis: int = 2) -> Array:
+        raise NotImplementedError("[subquad.jax] device: expected the cpu for a function that joins arrays, got cuda")
+
+    @staticmethod
+    def ones(shape: tuple[int, ...], like: Array) -> Array:
+        raise NotImplementedError("[subquad.jax] device: expected the cpu for a function that makes masks, got cuda")
+
+
 _FRAMEWORKS = {"numpy": Numpy, "torch": Torch, "cupy": Cupy, "jax": Jax, "jaxlib": Jax}
-_by_type: dict[type, Any] = {}
+framework_by_type: dict[type, Any] = {}
 
 
 def framework_of(op: str, name: str, x: Array) -> Any:
     """The class above that serves the type of `x`. TypeError for what is no array of a known framework."""
     kind = type(x)
-    found = _by_type.get(kind)
+    found = framework_by_type.get(kind)
     if found is None:
         found = next((f for base in kind.__mro__ if (f := _FRAMEWORKS.get(base.__module__.split(".")[0]))), None)
         if found is None or not hasattr(x, "shape") or isinstance(x, np.generic):
             got = kind.__name__
             raise TypeError(f"[{op}] {name}: expected an array (numpy, torch, cupy or jax), got {got}")
-        _by_type[kind] = found
+        framework_by_type[kind] = found
     return found
 
 

@@ -1,6 +1,8 @@
-/// Problems for bucket_gradient with their answers: the equations of its header in double, one pair after the other.
+/// Problems for bucket_gradient, calls of it, and the answers: the equations of its header in double, one pair after
+/// the other.
 #pragma once
 #include <algorithm>
+#include <memory>
 #include <random>
 
 #include "check.h"
@@ -25,20 +27,24 @@ struct Row {
   double magnitude;
 };
 
-template <class Code, class T>
+/// G is the type of dout.
+template <class Code, class T, class G = T>
 struct Problem {
+  using Value = T;
+
   Sizes s;
   uint64_t seed;
-  std::vector<T> q, k, v, dout;
+  std::vector<T> q, k, v;
+  std::vector<G> dout;
   std::vector<Code> codes_q, codes_k;
   std::vector<uint8_t> key_mask, query_mask;
 
   Problem(const Sizes& sizes, unsigned draw) : s(sizes), seed(0x123456789abcdefull * draw) {
     std::mt19937 random(draw);
     std::normal_distribution<double> normal;
-    const auto fill = [&](std::vector<T>& x, int64_t count) {
+    const auto fill = [&](auto& x, int64_t count) {
       x.resize(size_t(count));
-      for (T& value : x) from_float(float(normal(random)), &value);
+      for (auto& value : x) from_float(float(normal(random)), &value);
     };
     fill(q, s.batch * s.heads_q * s.seq_q * s.dim_qk), fill(k, s.batch * s.heads_kv * s.seq_k * s.dim_qk);
     fill(v, s.batch * s.heads_kv * s.seq_k * s.dim_v), fill(dout, s.batch * s.heads_q * s.seq_q * s.dim_v);
@@ -56,7 +62,8 @@ struct Problem {
     hide(q, query_mask, s.heads_q, s.seq_q, s.dim_qk), hide(dout, query_mask, s.heads_q, s.seq_q, s.dim_v);
   }
 
-  void hide(std::vector<T>& x, const std::vector<uint8_t>& mask, int64_t heads, int64_t seq, int64_t dim) const {
+  template <class U>
+  void hide(std::vector<U>& x, const std::vector<uint8_t>& mask, int64_t heads, int64_t seq, int64_t dim) const {
     for (int64_t i = 0; i < int64_t(x.size()); ++i)
       if (!mask[size_t(i / (heads * seq * dim) * seq + i / dim % seq)]) from_float(NAN, &x[size_t(i)]);
   }
@@ -72,7 +79,8 @@ struct Problem {
   int64_t code_k(int64_t b, int64_t h, int64_t r, int64_t m) const {
     return codes_k[size_t(((b * s.heads_kv + h / group()) * s.num_hashes + r) * s.seq_k + m)];
   }
-  std::vector<double> row(const std::vector<T>& x, int64_t heads, int64_t seq, int64_t dim, int64_t b, int64_t h,
+  template <class U>
+  std::vector<double> row(const std::vector<U>& x, int64_t heads, int64_t seq, int64_t dim, int64_t b, int64_t h,
                           int64_t n) const {
     std::vector<double> values;
     for (int64_t d = 0; d < dim; ++d) values.push_back(to_float(x[size_t(((b * heads + h) * seq + n) * dim + d)]));
@@ -112,9 +120,8 @@ inline std::vector<std::pair<int64_t, double>> sample(const std::vector<int64_t>
 }
 
 /// The weighted pairs of a target under query head h: the target is query `target`, or key `target`.
-template <class Code, class T>
-std::vector<std::pair<int64_t, double>> pairs_of(const Problem<Code, T>& p, bool of_query, int64_t b, int64_t h,
-                                                 int64_t target) {
+template <class P>
+std::vector<std::pair<int64_t, double>> pairs_of(const P& p, bool of_query, int64_t b, int64_t h, int64_t target) {
   const Sizes& s = p.s;
   std::vector<std::pair<int64_t, double>> pairs;
   const uint32_t head = uint32_t(h) + (of_query ? 0 : 0x80000000u);
@@ -142,8 +149,8 @@ std::vector<std::pair<int64_t, double>> pairs_of(const Problem<Code, T>& p, bool
 }
 
 /// Adds the pairs of one target to the gradient for its unit row.
-template <class Code, class T>
-void add_pairs(const Problem<Code, T>& p, bool of_query, int64_t b, int64_t h, int64_t target, Row& sum) {
+template <class P>
+void add_pairs(const P& p, bool of_query, int64_t b, int64_t h, int64_t target, Row& sum) {
   const Sizes& s = p.s;
   const std::vector<double> own = unit(of_query ? p.q_row(b, h, target) : p.k_row(b, h, target));
   for (const auto& pair : pairs_of(p, of_query, b, h, target)) {
@@ -162,8 +169,8 @@ void add_pairs(const Problem<Code, T>& p, bool of_query, int64_t b, int64_t h, i
 }
 
 /// dq of query (b, h, token), or dk of key (b, h, token).
-template <class Code, class T>
-Row gradient(const Problem<Code, T>& p, bool of_query, int64_t b, int64_t h, int64_t token) {
+template <class P>
+Row gradient(const P& p, bool of_query, int64_t b, int64_t h, int64_t token) {
   const Sizes& s = p.s;
   Row sum = {std::vector<double>(size_t(s.dim_qk)), 0};
   const bool kept = of_query ? p.query_mask[size_t(b * s.seq_q + token)] : p.key_mask[size_t(b * s.seq_k + token)];
@@ -179,5 +186,84 @@ Row gradient(const Problem<Code, T>& p, bool of_query, int64_t b, int64_t h, int
   sum.magnitude /= length;
   return sum;
 }
+
+template <class T>
+struct Gradients {
+  std::vector<T> dq, dk;
+};
+
+template <class P>
+BucketGradientOptions options(const P& p, const int64_t* seed) {
+  const Sizes& s = p.s;
+  BucketGradientOptions o;
+  o.hash_bits = s.hash_bits, o.num_samples = s.num_samples, o.rule = s.rule, o.is_causal = s.causal;
+  o.seed = Seed(p.seed);
+  o.seed.pointer = seed;
+  if (s.masked) {
+    o.key_mask = make_tensor(reinterpret_cast<const bool*>(p.key_mask.data()), {s.batch, s.seq_k});
+    o.query_mask = make_tensor(reinterpret_cast<const bool*>(p.query_mask.data()), {s.batch, s.seq_q});
+  }
+  return o;
+}
+
+struct Arrays {
+  ConstTensor dout, q, k, v, codes_q, codes_k;
+  Tensor dq, dk;
+};
+
+template <class P, class T>
+Arrays arrays_of(const P& p, Gradients<T>& out) {
+  const Sizes& s = p.s;
+  return {make_tensor(p.dout.data(), {s.batch, s.heads_q, s.seq_q, s.dim_v}),
+          make_tensor(p.q.data(), {s.batch, s.heads_q, s.seq_q, s.dim_qk}),
+          make_tensor(p.k.data(), {s.batch, s.heads_kv, s.seq_k, s.dim_qk}),
+          make_tensor(p.v.data(), {s.batch, s.heads_kv, s.seq_k, s.dim_v}),
+          make_tensor(p.codes_q.data(), {s.batch, s.heads_q, s.num_hashes, s.seq_q}),
+          make_tensor(p.codes_k.data(), {s.batch, s.heads_kv, s.num_hashes, s.seq_k}),
+          make_tensor(out.dq.data(), {s.batch, s.heads_q, s.seq_q, s.dim_qk}),
+          make_tensor(out.dk.data(), {s.batch, s.heads_kv, s.seq_k, s.dim_qk})};
+}
+
+inline void call(const Arrays& a, const BucketGradientOptions& o, int threads) {
+  const Queue queue = Queue::cpu(threads);
+  const int64_t bytes =
+      bucket_gradient_workspace_bytes(queue, a.dout, a.q, a.k, a.v, a.codes_q, a.codes_k, o, a.dq, a.dk);
+  // Of exactly that size, at an odd address and full of NaN.
+  const std::unique_ptr<char[]> memory(new char[size_t(bytes) + 1]);
+  std::memset(memory.get(), 0xff, size_t(bytes) + 1);
+  bucket_gradient(queue, a.dout, a.q, a.k, a.v, a.codes_q, a.codes_k, o, a.dq, a.dk, {memory.get() + 1, bytes});
+}
+
+template <class P, class T = typename P::Value>
+Gradients<T> run(const P& p, int threads = 1, const int64_t* seed = nullptr) {
+  Gradients<T> out = {p.q, p.k};
+  for (T& x : out.dq) from_float(NAN, &x);
+  for (T& x : out.dk) from_float(NAN, &x);
+  call(arrays_of(p, out), options(p, seed), threads);
+  return out;
+}
+
+/// The values of a dense view in memory of [B, N, H, D + 3], batches backwards, and the view of them there.
+template <class T>
+struct Loose {
+  std::vector<T> memory;
+  Tensor view;
+
+  explicit Loose(const ConstTensor& dense) {
+    const int64_t *shape = dense.shape, pitch = shape[3] + 3, batch = shape[1] * shape[2] * pitch;
+    memory.resize(size_t(shape[0] * batch));
+    static_cast<ConstTensor&>(view) = dense;
+    view.data = memory.data() + (shape[0] - 1) * batch;
+    view.stride[0] = -batch, view.stride[1] = pitch, view.stride[2] = shape[1] * pitch;
+    for (int64_t i = 0; i < dense.numel(); ++i) at(i) = static_cast<const T*>(dense.data)[i];
+  }
+
+  T& at(int64_t i) {
+    const int64_t n = i / view.shape[3], h = n / view.shape[2];
+    return static_cast<T*>(
+        view.mutable_data())[h / view.shape[1] * view.stride[0] + h % view.shape[1] * view.stride[1] +
+                             n % view.shape[2] * view.stride[2] + i % view.shape[3]];
+  }
+};
 
 }  // namespace sampled

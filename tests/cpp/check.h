@@ -76,19 +76,28 @@ static void check_throws(const char* file, int line, const char* text, const std
 }
 
 /// Calls body(name) with every row of kernels that this machine can run forced in turn, then puts the old row back.
+/// SUBQUAD_TEST_ISA names the only row to run.
 template <class F>
 static void for_each_isa(F&& body) {
   struct Restore {
     std::string row = subquad::cpu::isa();
     ~Restore() { subquad::cpu::set_isa(row), context().clear(); }
   } restore;
+  const char* only = std::getenv("SUBQUAD_TEST_ISA");
+  int rows = 0;
   for (const std::string& name : subquad::cpu::available()) {
+    if (only && name != only) continue;
+    ++rows;
     subquad::cpu::set_isa(name);
     context() = name;
     if (subquad::cpu::isa() != name) fail(__FILE__, __LINE__, "the row in use is " + subquad::cpu::isa());
     body(name);
   }
+  if (rows == 0) fail(__FILE__, __LINE__, std::string("SUBQUAD_TEST_ISA: no row is called ") + only);
 }
+
+/// True where the row in use is the emulated CUDA backend: a thousand times slower, and narrower, than the others.
+static inline bool emulated() { return subquad::cpu::isa() == "cuda_emulated"; }
 
 static inline bool& in_child() {
   static bool value = false;

@@ -61,7 +61,7 @@ struct Sizes {
   int64_t batch, heads, heads_kv, n, m, d, e;
   int64_t bits = 8;
   bool causal = false, masked = false, strided = false;
-  DType dtype = DType::f32;
+  DType dtype = DType::f32, out = DType::none;  // none: like dtype
 };
 
 struct Problem {
@@ -76,7 +76,7 @@ struct Problem {
         k({s.batch, s.heads_kv, s.m, s.d}, s.dtype, s.strided),
         v({s.batch, s.heads_kv, s.m, s.e}, s.dtype, s.strided),
         dout({s.batch, s.heads, s.n, s.e}, DType::f32, s.strided),
-        out({s.batch, s.heads, s.n, s.e}, s.dtype, s.strided),
+        out({s.batch, s.heads, s.n, s.e}, s.out == DType::none ? s.dtype : s.out, s.strided),
         dq({s.batch, s.heads, s.n, s.d}, s.dtype, s.strided),
         dk({s.batch, s.heads_kv, s.m, s.d}, s.dtype, s.strided),
         dv({s.batch, s.heads_kv, s.m, s.e}, s.dtype, s.strided) {

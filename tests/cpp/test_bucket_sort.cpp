@@ -75,7 +75,7 @@ struct Problem {
 
 template <class Code>
 void check_all(const Sizes& sizes) {
-  for (int threads = 1; threads <= 3; ++threads) {
+  for (int threads = 1; threads <= (check::emulated() ? 1 : 3); ++threads) {
     Problem<Code> problem(sizes);
     problem.run(threads);
     for (int64_t row = 0; row < sizes.batch * sizes.heads * sizes.num_hashes; ++row) CHECK(problem.is_right(row));
@@ -126,6 +126,16 @@ TEST(order_and_offsets) {
       check_all<int32_t>({2, 1, 3, 33, 5000, masked});
       check_all<int32_t>({1, 1, 1, 1, int64_t(1) << 24, masked});
       check_all<int32_t>({1, 1, 1, 20000, 3, masked});
+    }
+  });
+}
+
+TEST(rows_on_both_sides_of_what_a_block_holds) {
+  check::for_each_isa([](const std::string&) {
+    for (const bool masked : {false, true}) {
+      for (const int64_t seq : {31, 32, 33, 511, 512, 513, 1025}) check_all<uint16_t>({1, 1, 2, seq, 256, masked});
+      for (const int64_t seq : {16384, 16385}) check_all<uint16_t>({1, 1, 1, seq, masked ? 256 : 65536, masked});
+      for (const int64_t seq : {8192, 8193}) check_all<int32_t>({1, 1, 1, seq, 300000, masked});
     }
   });
 }

@@ -28,7 +28,9 @@ struct BucketAttentionOptions {
 ///
 /// Promises: O((N + M) R E) time for any distribution of codes, also when all keys share a bucket; scratch memory
 /// O((H / Hkv N + M) (R + 64)) per thread whatever num_buckets; the same bits for any number of threads; sums in f32 in
-/// token order per bucket, then over hashes; asynchronous on a CUDA queue.
+/// token order per bucket, then over hashes. On a CUDA queue: asynchronous; sums in f32 in an order that depends on N,
+/// M, num_buckets and is_causal alone; no scratch memory up to N M = 2^18, and tables of up to 1024 buckets beyond that
+/// take at most 128 MiB, or what one key head needs.
 SUBQUAD_API void bucket_attention(const Queue& queue, ConstTensor codes_q, ConstTensor codes_k, ConstTensor v,
                                   const BucketAttentionOptions& options, Tensor out, Workspace workspace);
 SUBQUAD_API int64_t bucket_attention_workspace_bytes(const Queue& queue, ConstTensor codes_q, ConstTensor codes_k,

@@ -15,10 +15,11 @@ namespace subquad {
 /// @param planes  [Hp, R, J, D]  f32; H a multiple of Hp; R = num_hashes in [1, 2^26], J = hash_bits in [1, 24].
 /// @param codes   [B, H, R, N]   u16 (J <= 16) or i32; every element is written; must not overlap x or planes.
 /// @throws std::invalid_argument or TypeMismatch if a line above is violated; Unsupported if no kernel fits
-///         (on the CPU: a head dimension above 512).
+///         (on the CPU: a head dimension above 512; on CUDA: above 256).
 ///
-/// Promises: deterministic; asynchronous on a CUDA queue. Sums are f32, so two backends may differ in bit j only where
-/// |projection| <= D * 2^-23 * |x| * |plane|.
+/// Promises: deterministic; asynchronous on a CUDA queue. Sums are f32, so two rows of CPU kernels may differ in bit j
+/// only where |projection| <= D * 2^-23 * |x| * |plane|, and others, since tensor cores truncate, only where
+/// |projection| <= (D + 8) * 2^-22 * |x| * |plane|.
 SUBQUAD_API void lsh_hash(const Queue& queue, ConstTensor x, ConstTensor planes, Tensor codes, Workspace workspace);
 SUBQUAD_API int64_t lsh_hash_workspace_bytes(const Queue& queue, ConstTensor x, ConstTensor planes, Tensor codes);
 
@@ -46,7 +47,7 @@ SUBQUAD_API int64_t hadamard_padded(int64_t dim);
 ///        carving).
 /// @param codes   [B, H, R, N]       u16 (hash_bits <= 16) or i32; must not overlap x or signs.
 /// @throws std::invalid_argument or TypeMismatch if a line above is violated; Unsupported if no kernel fits
-///         (on the CPU: a head dimension above 512).
+///         (on the CPU: a head dimension above 512; on CUDA: above 256).
 ///
 /// Promises: deterministic and bit-equal on every backend (additions only, in the fixed butterfly order of strides
 /// 1, 2, 4, ...; rows outside [2^-100, 2^100] are first scaled by a power of two); asynchronous on a CUDA queue.

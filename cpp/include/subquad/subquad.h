@@ -8,6 +8,7 @@
 #include "subquad/bucket_sort.h"
 #include "subquad/collision_attention.h"
 #include "subquad/cpu.h"
+#include "subquad/cuda.h"
 #include "subquad/dtype.h"
 #include "subquad/error.h"
 #include "subquad/eva_attention.h"

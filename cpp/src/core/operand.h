@@ -23,7 +23,7 @@ struct Operand {
 
 /// The address of the first element of x[i, j, k].
 template <class T>
-static inline T* element(const Operand& x, int64_t i = 0, int64_t j = 0, int64_t k = 0) {
+static SUBQUAD_HD inline T* element(const Operand& x, int64_t i = 0, int64_t j = 0, int64_t k = 0) {
   return static_cast<T*>(x.data) + i * x.stride[0] + j * x.stride[1] + k * x.stride[2];
 }
 

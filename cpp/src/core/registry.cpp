@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <iterator>
 
 #include "core/rows.h"
@@ -12,6 +13,9 @@ namespace subquad {
 namespace {
 
 std::atomic<const Row*> row_in_use{nullptr};
+std::atomic<const core::DeviceBackend*> cuda_backend{nullptr};
+
+bool runs(const Row& row) { return row.emulated || cpu::can_run(row.name); }
 
 std::string names_of(const std::vector<std::string>& names) {
   std::string text;
@@ -21,7 +25,7 @@ std::string names_of(const std::vector<std::string>& names) {
 
 const Row& find_row(const char* argument, const std::string& name) {
   for (const Row& row : kRows)
-    if (name == row.name && cpu::can_run(row.name)) return row;
+    if (name == row.name && runs(row)) return row;
   core::invalid("cpu", argument, "one of " + names_of(cpu::available()), "\"" + name + "\"");
 }
 
@@ -30,7 +34,7 @@ const Row& default_row() {
     if (*forced) return find_row("SUBQUAD_ISA", forced);
   const Row* best = &kRows[0];
   for (const Row& row : kRows)
-    if (cpu::can_run(row.name)) best = &row;
+    if (!row.emulated && runs(row)) best = &row;
   return *best;
 }
 
@@ -57,7 +61,7 @@ std::vector<std::string> compiled() {
 std::vector<std::string> available() {
   std::vector<std::string> names;
   for (const Row& row : kRows)
-    if (can_run(row.name)) names.push_back(row.name);
+    if (runs(row)) names.push_back(row.name);
   return names;
 }
 
@@ -75,10 +79,57 @@ Queue Queue::cuda(int device_index, void* stream) { return {{DeviceType::cuda, d
 
 namespace core {
 
+void register_cuda_backend(const DeviceBackend& backend) { cuda_backend.store(&backend, std::memory_order_release); }
+
+const DeviceBackend& cuda_backend_of(const char* op, const Queue& queue) {
+  const DeviceBackend* backend = cuda_backend.load(std::memory_order_acquire);
+  if (!backend) unsupported(op, "this build has no backend for " + to_string(queue.device) + " arrays");
+  return *backend;
+}
+
 const Kernels& kernels(const char* op, const Queue& queue) {
-  if (queue.device.type != DeviceType::cpu)
-    unsupported(op, "this build has no backend for " + to_string(queue.device) + " arrays");
-  return current_row().table();
+  return queue.device.type == DeviceType::cpu ? current_row().table() : cuda_backend_of(op, queue).table();
+}
+
+DeviceScope::DeviceScope(const char* op, const Queue& queue) {
+  if (queue.device.type == DeviceType::cpu) return;
+  const DeviceBackend& backend = cuda_backend_of(op, queue);
+  if (const char* status = backend.enter(queue.device.index, &before_)) throw device_error(op, status);
+  leave_ = backend.leave;
+}
+
+DeviceScope::~DeviceScope() {
+  if (leave_) leave_(before_);
+}
+
+CheckedValues::CheckedValues(const char* op, const Queue& queue, const ConstTensor& array) {
+  if (array.numel() == 0) return;
+  if (queue.device.type == DeviceType::cpu) {
+    view = array;
+    return;
+  }
+  static const bool wanted = [] {
+    const char* text = std::getenv("SUBQUAD_CHECK");
+    return text && !std::strcmp(text, "1");
+  }();
+  if (!wanted) return;
+  int64_t low = 0, high = 1;
+  for (int i = 0; i < array.rank; ++i) {
+    const int64_t reach = (array.shape[i] - 1) * array.stride[i];
+    (reach < 0 ? low : high) += reach;
+  }
+  const int64_t size = dtype_bytes(array.dtype);
+  copy_.resize(size_t((high - low) * size));
+  const DeviceScope device(op, queue);
+  const void* first = static_cast<const char*>(array.data) + low * size;
+  if (const char* status = cuda_backend_of(op, queue).read(queue, copy_.data(), first, int64_t(copy_.size())))
+    throw device_error(op, status);
+  view = array;
+  view.data = copy_.data() - low * size;
+}
+
+DeviceError device_error(const char* op, const char* status) {
+  return DeviceError("[" + std::string(op) + "] " + status);
 }
 
 std::string backend_name(const Queue& queue) {

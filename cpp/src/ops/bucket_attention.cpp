@@ -65,8 +65,8 @@ void launch(const Op& op, const Queue& queue, const ConstTensor& codes_q, const 
             const ConstTensor& rows, const BucketAttentionOptions& options, const Tensor& out,
             const Workspace& workspace) {
   const BucketAttentionArgs args = check(op.name, queue, codes_q, codes_k, rows, options, out, op.backward);
-  ops::check_codes(op.name, "codes_q", codes_q, args.num_buckets);
-  ops::check_codes(op.name, "codes_k", codes_k, args.num_buckets);
+  ops::check_codes(op.name, "codes_q", queue, codes_q, args.num_buckets);
+  ops::check_codes(op.name, "codes_k", queue, codes_k, args.num_buckets);
   if (out.numel() > 0) core::launch(op.name, queue, op.slot, args, workspace);
 }
 

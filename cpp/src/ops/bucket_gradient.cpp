@@ -88,8 +88,8 @@ void bucket_gradient(const Queue& queue, ConstTensor dout, ConstTensor q, ConstT
                      ConstTensor codes_q, ConstTensor codes_k, const BucketGradientOptions& options, Tensor dq,
                      Tensor dk, Workspace workspace) {
   const BucketGradientArgs args = check(queue, {dout, q, k, v, codes_q, codes_k, dq, dk}, options);
-  ops::check_codes(kOp, "codes_q", codes_q, int64_t(1) << options.hash_bits);
-  ops::check_codes(kOp, "codes_k", codes_k, int64_t(1) << options.hash_bits);
+  ops::check_codes(kOp, "codes_q", queue, codes_q, int64_t(1) << options.hash_bits);
+  ops::check_codes(kOp, "codes_k", queue, codes_k, int64_t(1) << options.hash_bits);
   if (!empty(args)) core::launch(kOp, queue, &Kernels::bucket_gradient, args, workspace);
 }
 

@@ -40,7 +40,7 @@ bool empty(const BucketSortArgs& args) { return args.batch == 0 || args.heads ==
 void bucket_sort(const Queue& queue, ConstTensor codes, int64_t num_buckets, ConstTensor mask, Tensor order,
                  Tensor offsets, Workspace workspace) {
   const BucketSortArgs args = check(queue, codes, num_buckets, mask, order, offsets);
-  ops::check_codes(kOp, "codes", codes, num_buckets);
+  ops::check_codes(kOp, "codes", queue, codes, num_buckets);
   if (!empty(args)) core::launch(kOp, queue, &Kernels::bucket_sort, args, workspace);
 }
 

@@ -1,6 +1,6 @@
-/// Are codes buckets? The one check that reads the data of an array, so only for arrays in the memory of the CPU.
+/// Are codes buckets? This check reads the data of an array: on a device only with SUBQUAD_CHECK=1.
 #pragma once
-#include "core/check.h"
+#include "core/registry.h"
 
 namespace subquad::ops {
 
@@ -23,10 +23,12 @@ inline void check_code_row(const char* op, const char* argument, const Code* cod
   }
 }
 
-/// Checks that every element of codes [B, H, R, N] (u16 or i32) lies in [0, num_buckets); does nothing on other
-/// devices.
-inline void check_codes(const char* op, const char* argument, const ConstTensor& codes, int64_t num_buckets) {
-  if (codes.device.type != DeviceType::cpu || codes.numel() == 0) return;
+/// Checks that every element of codes [B, H, R, N] (u16 or i32) lies in [0, num_buckets).
+inline void check_codes(const char* op, const char* argument, const Queue& queue, const ConstTensor& array,
+                        int64_t num_buckets) {
+  const core::CheckedValues values(op, queue, array);
+  const ConstTensor& codes = values.view;
+  if (!codes.defined()) return;
   int64_t place[3];
   for (place[0] = 0; place[0] < codes.shape[0]; ++place[0])
     for (place[1] = 0; place[1] < codes.shape[1]; ++place[1])

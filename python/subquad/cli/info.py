@@ -20,7 +20,6 @@ examples:
   subquad info
   SUBQUAD_ISA=x86_64_v3 subquad info --json
 """
-_CUDA = "not in this build: this version has CPU kernels only"
 
 
 def add_parser(commands: Any) -> None:
@@ -49,11 +48,24 @@ def collect() -> dict[str, Any]:
         "isa_available": probe(subquad.cpu.available),
         "isa_compiled": probe(subquad.cpu.compiled),
         "threads": probe(machine.num_threads),
-        "cuda": _CUDA,
+        "cuda": probe(_cuda),
         "system": probe(platform.platform),
         "versions": probe(machine.versions),
         "sample": probe(_sample),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("SUBQUAD_")},
+    }
+
+
+def _cuda() -> dict[str, Any]:
+    """What the build has kernels for, the devices, and why there is none."""
+    cuda = subquad.cuda
+    names = ("name", "capability", "multiprocessors", "memory_bytes")
+    devices = [dict(zip(names, device, strict=True)) for device in cuda.devices()]
+    return {
+        "built": cuda.is_built(),
+        "architectures": cuda.architectures(),
+        "devices": devices,
+        "why_none": cuda.why_none(),
     }
 
 
@@ -78,13 +90,24 @@ def _text(found: dict[str, Any]) -> str:
         "  available": words(found["isa_available"]),
         "  compiled": words(found["isa_compiled"]),
         "threads": f"{threads['count']} ({threads['source']})" if isinstance(threads, dict) else threads,
-        "CUDA": found["cuda"],
+        "CUDA": _cuda_words(found["cuda"]) if isinstance(found["cuda"], dict) else found["cuda"],
         "system": found["system"],
         "versions": words(found["versions"]),
         "sample": _sample_words(sample) if isinstance(sample, dict) else sample,
         "environment": " ".join(map("=".join, found["environment"].items())) or "no SUBQUAD_* variable is set",
     }
     return "\n".join(wrap(f"{name + ':':<13} {value}", indent=" " * 14) for name, value in lines.items())
+
+
+def _cuda_words(cuda: dict[str, Any]) -> str:
+    if not cuda["devices"]:
+        return f"no device: {cuda['why_none']}" + (f" (kernels for {cuda['architectures']})" if cuda["built"] else "")
+    names = (
+        f"{d['name']} (capability {d['capability'][0]}.{d['capability'][1]}, {d['multiprocessors']} multiprocessors, "
+        f"{d['memory_bytes'] >> 30} GiB)"
+        for d in cuda["devices"]
+    )
+    return f"{', '.join(names)}; kernels for {cuda['architectures']}"
 
 
 def _sample_words(sample: dict[str, Any]) -> str:

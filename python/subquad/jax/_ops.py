@@ -13,7 +13,7 @@ from .. import _differentiable as plain
 from .. import _differentiable_sparse as sparse
 from .._arrays import Jax, framework_of
 from .._function import Function
-from . import _ffi
+from . import _cuda, _ffi  # noqa: F401  # _cuda registers the custom call for CUDA devices
 
 
 class Operator:
@@ -59,7 +59,7 @@ class Operator:
                 raise TypeError(f"[{f.op}] seed: expected an integer or a 0-d integer array, got {got}")
             del options["seed"]
             arrays["seed"] = seed
-        if _has_values(arrays):
+        if _is_plain(arrays):
             return _ffi.plain(f.name, arrays, options)
         self._check(arrays, options)
         results = self.differentiable(json.dumps(options, default=lambda x: x.item()), arrays)
@@ -137,7 +137,7 @@ class Operator:
         batched: set[str],
         takes_out: bool,
     ) -> tuple[Any, ...]:
-        if _has_values(arrays):
+        if _is_plain(arrays):
             return _ffi.plain(name, arrays, options)
         f = self.function
         batched = {x for x in batched if x in arrays and f.is_batched(x, np.ndim(arrays[x]))}
@@ -146,9 +146,15 @@ class Operator:
         return _ffi.call(name, arrays, options, results, batched=batched, takes_out=takes_out)
 
 
-def _has_values(arrays: dict[str, Any]) -> bool:
-    """Whether the plain function takes them all. jax.grad may pass on a caller's numpy arrays, which it does not."""
-    return all(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in arrays.values())
+def _is_plain(arrays: dict[str, Any]) -> bool:
+    """Whether the plain function takes them all: arrays with values, on the CPU. Elsewhere only XLA knows the stream.
+    jax.grad may pass on a caller's numpy arrays, which it does not take."""
+    for x in arrays.values():
+        if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+            return False
+        if next(iter(x.devices())).platform != "cpu":
+            return False
+    return True
 
 
 YOSO_ATTENTION = Operator(plain.YOSO_ATTENTION)
