@@ -4,7 +4,6 @@ ceilings of the device and against its model. A figure whose check fails is not 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import math
 import time
@@ -17,9 +16,9 @@ from bench import machine
 from bench.cuda_device import open_device
 from bench.cuda_operators import operators
 from bench.report import Bench, summary, write_json
+from bench.timing import Pair
 
 SEED = 1
-LENGTHS = (1024, 4096, 16384, 65536)
 FORWARD_TARGETS = {(16, 8): {4096: 1.0, 16384: 6.0, 65536: 20.0}, (32, 9): {4096: 0.5, 16384: 3.0, 65536: 10.0}}
 COMPARISONS = 60  # about as many shares of the budget as there are things to time
 
@@ -73,61 +72,55 @@ class CudaBench(Bench):
         self.fail(name, f"its error is {error:.3g}, above {limit:g}")
         return False
 
-    @contextlib.contextmanager
-    def figure(self, name: str):
-        """One figure: left out when the time is used up, and no reason to stop when it fails."""
-        left = self.deadline - time.monotonic()
+    def figure(self, name: str, line: Callable, *arguments) -> None:
+        """One figure, by line(self, name, *arguments): left out when the time is used up, and no reason to stop when it
+        fails."""
+        if time.monotonic() >= self.deadline:
+            print(f"{name:44} left out: the budget is used up", flush=True)
+            return
         try:
-            yield left > 0
-            if left <= 0:
-                print(f"{name:44} left out: the budget is used up", flush=True)
+            line(self, name, *arguments)
         except Exception as error:
             self.fail(name, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}")
             self.device.synchronize()  # raises, and so ends the run, if the device is lost
         finally:
-            self.device.free()
             self.save()
+            self.device.free()
 
     def yoso(self, arrays, **keywords):
         return lambda: subquad.yoso_attention(*arrays, seed=SEED, **keywords)
 
-    def compare(self, name, pair, runner, target, seconds, **more) -> None:
-        """A line of a ratio to exact attention, with the model's time of ours."""
+    def compare(self, name, ours, theirs, flops, target, seconds, graph=True, below=False, **more) -> Pair:
+        """A line of a ratio, exact attention's time to ours or, where `below` a target, the other way round. `flops`
+        are those of exact attention, `seconds` is the model's time of ours."""
+        pair, runner = self.device.paired(ours, theirs, self.budget, graph)
         ms = pair.ours.median * 1e3
         figures = {"ms": ms, "iqr_ms": pair.ours.iqr * 1e3, "sdpa_ms": pair.theirs.median * 1e3}
+        figures["sdpa_TFLOP/s"] = flops / pair.theirs.median / 1e12
         figures |= {"model_ms": seconds * 1e3, "of_model": seconds / pair.ours.median} | more
-        self.report(name, pair.ratio.median, target, **figures, how=runner.how)
+        ratio = 1 / pair.ratio.median if below else pair.ratio.median
+        self.report(name, ratio, target, below=below, **figures, how=runner.how)
         if runner.why:
             print(f"    not captured in a graph: {runner.why}", flush=True)
+        return pair
 
 
 def forward(bench: CudaBench) -> None:
     for (hashes, bits), wanted in FORWARD_TARGETS.items():
-        for length in LENGTHS:
+        for length in model.LENGTHS:
             seq = bench.seq(length)
             name = f"forward ({hashes}, {bits}) N={seq}"
-            with bench.figure(name) as go:
-                if go:
-                    forward_line(bench, name, seq, hashes, bits, wanted.get(length))
+            bench.figure(name, forward_line, bench.case(seq, hashes=hashes, bits=bits), wanted.get(length))
 
 
-def forward_line(bench: CudaBench, name: str, seq: int, hashes: int, bits: int, target: float | None) -> None:
-    sets = bench.sets(seq)
-    out = bench.yoso(sets[0], num_hashes=hashes, hash_bits=bits)()
-    error, estimate = checks.forward_error(bench.torch, out, *sets[0], hashes, bits, SEED)
-    del out
-    if not bench.is_right(name, error):
-        return
-    pair, runner = bench.device.paired(
-        [bench.yoso(x, num_hashes=hashes, hash_bits=bits) for x in sets],
-        [lambda x=x: bench.sdpa(*x) for x in sets],
-        bench.budget,
-    )
-    bench.forward_ms[hashes, bits, seq] = pair.ours.median * 1e3
-    case = bench.case(seq, hashes=hashes, bits=bits)
-    exact = 4 * case.pairs * case.dim / pair.theirs.median / 1e12
-    more = {"sdpa_TFLOP/s": exact, "error": error, "of_expectation": estimate}
-    bench.compare(name, pair, runner, target, model.forward_seconds(case), **more)
+def forward_line(bench: CudaBench, name: str, case: model.Case, target: float | None) -> None:
+    sets, options = bench.sets(case.seq), dict(num_hashes=case.hashes, hash_bits=case.bits)
+    ours = [bench.yoso(x, **options) for x in sets]
+    error, estimate = checks.forward_error(bench.torch, ours[0](), *sets[0], case.hashes, case.bits, SEED)
+    if bench.is_right(name, error):
+        more, theirs = {"error": error, "of_expectation": estimate}, [lambda x=x: bench.sdpa(*x) for x in sets]
+        pair = bench.compare(name, ours, theirs, model.flash_flops(case), target, model.forward_seconds(case), **more)
+        bench.forward_ms[case.hashes, case.bits, case.seq] = pair.ours.median * 1e3
 
 
 def growth(bench: CudaBench) -> None:
@@ -142,79 +135,66 @@ def growth(bench: CudaBench) -> None:
 def skew(bench: CudaBench) -> None:
     """One token repeated: every hash has a single bucket."""
     seq = bench.seq(16384)
-    name = f"forward (16, 8) N={seq}, equal tokens: time / random's"
-    with bench.figure(name) as go:
-        if go:
-            sets = bench.sets(seq)
-            equal = [[x[:, :, :1].repeat(1, 1, seq, 1) for x in arrays[:2]] + arrays[2:] for arrays in sets]
-            one, other = ([bench.yoso(x, num_hashes=16, hash_bits=8) for x in y] for y in (sets, equal))
-            pair, runner = bench.device.paired(one, other, bench.budget)
-            bench.report(name, pair.ratio.median, None, ms=pair.theirs.median * 1e3, how=runner.how)
+    bench.figure(f"forward (16, 8) N={seq}, equal tokens: time / random's", skew_line, seq)
+
+
+def skew_line(bench: CudaBench, name: str, seq: int) -> None:
+    sets = bench.sets(seq)
+    equal = [[x[:, :, :1].repeat(1, 1, seq, 1) for x in arrays[:2]] + arrays[2:] for arrays in sets]
+    one, other = ([bench.yoso(x, num_hashes=16, hash_bits=8) for x in y] for y in (sets, equal))
+    pair, runner = bench.device.paired(one, other, bench.budget)
+    bench.report(name, pair.ratio.median, None, ms=pair.theirs.median * 1e3, how=runner.how)
 
 
 def kernels(bench: CudaBench) -> None:
     """What a short call costs are its launches."""
-    for length in (256, 512):
-        name = f"kernels of yoso_attention (16, 8) N={length}"
-        with bench.figure(name) as go:
-            if go:
-                arrays = bench.sets(length)[0]
-                count, source = bench.device.count_kernels(bench.yoso(arrays, num_hashes=16, hash_bits=8))
-                bench.report(name, count, 5, unit="", below=True, counted_by=source)
+    for seq in (256, 512):
+        bench.figure(f"kernels of yoso_attention (16, 8) N={seq}", kernels_line, seq)
+
+
+def kernels_line(bench: CudaBench, name: str, seq: int) -> None:
+    call = bench.yoso(bench.sets(seq)[0], num_hashes=16, hash_bits=8)
+    count, source = bench.device.count_kernels(call)
+    bench.report(name, count, 5, unit="", below=True, counted_by=source)
 
 
 def expectation(bench: CudaBench) -> None:
     for length in (4096, 16384):
         seq = bench.seq(length)
-        name = f"expectation (8) N={seq}: time / SDPA's"
-        with bench.figure(name) as go:
-            if not go:
-                continue
-            sets = bench.sets(seq)
-            ours = [bench.yoso(x, expectation=True, hash_bits=8) for x in sets]
-            error = checks.expectation_error(bench.torch, ours[0](), *sets[0], 8)
-            if bench.is_right(name, error):
-                pair, runner = bench.device.paired(ours, [lambda x=x: bench.sdpa(*x) for x in sets], bench.budget)
-                seconds = model.expectation_seconds(bench.case(seq))
-                more = {"ms": pair.ours.median * 1e3, "sdpa_ms": pair.theirs.median * 1e3, "model_ms": seconds * 1e3}
-                more |= {"iqr_ms": pair.ours.iqr * 1e3, "error": error, "how": runner.how}
-                bench.report(name, 1 / pair.ratio.median, 2.5, below=True, **more)
+        bench.figure(f"expectation (8) N={seq}: time / SDPA's", expectation_line, bench.case(seq))
+
+
+def expectation_line(bench: CudaBench, name: str, case: model.Case) -> None:
+    sets = bench.sets(case.seq)
+    ours = [bench.yoso(x, expectation=True, hash_bits=8) for x in sets]
+    error = checks.expectation_error(bench.torch, ours[0](), *sets[0], 8)
+    if bench.is_right(name, error):
+        theirs, seconds = [lambda x=x: bench.sdpa(*x) for x in sets], model.expectation_seconds(case)
+        bench.compare(name, ours, theirs, model.flash_flops(case), 2.5, seconds, below=True, error=error)
 
 
 def training(bench: CudaBench) -> None:
     from subquad import torch as sqt
 
     seq = bench.seq(16384)
-    sampled = dict(num_hashes=16, hash_bits=8, seed=SEED)
-    for rule, keywords, target in (
-        ("sampled", sampled, 4.0),
-        ("sampled_exact", sampled | {"grad": "sampled_exact"}, None),
-        ("expectation", dict(expectation=True, hash_bits=8), None),
+    case, sampled = bench.case(seq), dict(num_hashes=16, hash_bits=8, seed=SEED)
+    for rule, keywords, target, seconds in (
+        ("sampled", sampled, 4.0, model.training_seconds(case)),
+        ("sampled_exact", sampled | {"grad": "sampled_exact"}, None, model.training_seconds(case)),
+        ("expectation", dict(expectation=True, hash_bits=8), None, model.expectation_training_seconds(case)),
     ):
-        name = f"forward + backward {rule} N={seq}"
-        with bench.figure(name) as go:
-            if go:
-                training_line(
-                    bench, name, seq, lambda q, k, v, keywords=keywords: sqt.yoso_attention(q, k, v, **keywords), target
-                )
+        attention = functools.partial(sqt.yoso_attention, **keywords)
+        bench.figure(f"forward + backward {rule} N={seq}", training_line, case, attention, target, seconds)
 
 
-def training_line(bench: CudaBench, name: str, seq: int, attention: Callable, target: float | None) -> None:
-    sets = bench.sets(seq, arrays=4, grad=True)
+def training_line(bench: CudaBench, name: str, case: model.Case, attention: Callable, target, seconds) -> None:
+    sets = bench.sets(case.seq, arrays=4, grad=True)
     error = training_error(bench, attention, *sets[0])
-    if not bench.is_right(name, error, checks.GRADIENT_LIMIT):
-        return
     step = lambda f, q, k, v, dout: bench.torch.autograd.grad(f(q, k, v), (q, k, v), dout.detach())  # noqa: E731
-    pair, runner = bench.device.paired(
-        [lambda x=x: step(attention, *x) for x in sets],
-        [lambda x=x: step(bench.sdpa, *x) for x in sets],
-        bench.budget,
-        graph=False,
-    )
-    case = bench.case(seq)
-    dense = "expectation" in name
-    seconds = model.expectation_training_seconds(case) if dense else model.training_seconds(case)
-    bench.compare(name, pair, runner, target, seconds, error=error)
+    if bench.is_right(name, error, checks.GRADIENT_LIMIT):
+        ours, theirs = ([lambda x=x, f=f: step(f, *x) for x in sets] for f in (attention, bench.sdpa))
+        flops = model.flash_flops(case, backward=True)
+        bench.compare(name, ours, theirs, flops, target, seconds, graph=False, error=error)
 
 
 def training_error(bench: CudaBench, attention: Callable, q, k, v, dout) -> float:
@@ -226,12 +206,8 @@ def training_error(bench: CudaBench, attention: Callable, q, k, v, dout) -> floa
 
 
 def each_operator(bench: CudaBench) -> None:
-    seq = bench.seq(16384)
-    for operator in operators(bench, seq):
-        name = f"{operator.name} N={operator.seq}"
-        with bench.figure(name) as go:
-            if go:
-                operator_line(bench, name, operator)
+    for operator in operators(bench):
+        bench.figure(f"{operator.name} N={operator.seq}", operator_line, operator)
 
 
 def operator_line(bench: CudaBench, name: str, operator) -> None:
@@ -241,15 +217,13 @@ def operator_line(bench: CudaBench, name: str, operator) -> None:
     if not bench.is_right(name, error, operator.limit):
         return
     spread, runner = bench.device.timed([lambda x=x: operator.call(*x) for x in sets], bench.budget)
-    work, seconds = operator.work, spread.median
+    work, seconds = model.OPERATORS[operator.name](bench.case(operator.seq)), spread.median
     figures = {"iqr_ms": spread.iqr * 1e3, "model_ms": work.seconds * 1e3, "of_model": work.seconds / seconds}
     figures |= {"model_by": work.bound, "GB/s": work.bytes / seconds / 1e9}
     figures["of_copy"] = work.bytes / seconds / bench.device.copy_bandwidth
     if work.operations:
-        figures |= {
-            "TFLOP/s": work.operations / seconds / 1e12,
-            "of_matrix": work.operations / seconds / bench.device.matrix_rate,
-        }
+        rate = work.operations / seconds
+        figures |= {"TFLOP/s": rate / 1e12, "of_matrix": rate / bench.device.matrix_rate}
     bench.report(name, seconds * 1e3, None, unit="ms", **figures, error=error, how=runner.how)
 
 

@@ -17,6 +17,7 @@ RATES = {  # per second, of what a kernel can reach rather than of the data shee
 FLASH = {"forward": 330e12, "backward": 290e12}  # operations per second of flash attention with D = 64 in torch
 LAUNCH = 2e-6  # seconds from one kernel of a graph to the next
 PAIRS_LIMIT = 512 * 512
+LENGTHS = (1024, 4096, 16384, 65536)
 
 
 @dataclass(frozen=True)
@@ -104,18 +105,23 @@ def transforms(c: Case) -> int:
 
 
 def l2_normalize(c: Case, size_in: int | None = None) -> Work:
-    """A team of 8 lanes owns a row of 64 columns: a quarter of a warp's 250 instructions, most of them for its place."""
+    """A team of 8 lanes owns a row of 64 columns: a quarter of a warp's 250 instructions, most of them for places."""
     moved = c.tokens * c.dim * ((size_in or c.size) + c.size)
     return Work(dram=moved, instructions=c.tokens * 62 * max(1, c.dim / 64))
 
 
+def l2_normalize_bwd(c: Case) -> Work:
+    """Reads the rows and their gradients, writes float32."""
+    return l2_normalize(c, c.size + 4)
+
+
 def lsh_hash(c: Case) -> Work:
     """A thread holds a token. For every 64 bits 1152 fused additions, 64 signs and 64 shifts, the factors from shared
-    memory; the rows pass through it, and codes are cut from words."""
+    memory; the rows pass through it, and codes are cut from words. Four fifths of the issue slots are used."""
     per_transform = 1280 * c.dim / 64
     return Work(
         dram=c.tokens * (c.dim * c.size + c.hashes * c.code_size),
-        instructions=c.tokens / 32 * (transforms(c) * per_transform + 500 + 15 * c.hashes),
+        instructions=c.tokens / 32 * (transforms(c) * per_transform + 900 + 15 * c.hashes) / 0.8,
         wavefronts=c.tokens * (7 * transforms(c) + 3) * c.dim / 64,
     )
 
@@ -143,23 +149,24 @@ def bucket_sort(c: Case) -> Work:
 
 
 def bucket_pairs(c: Case) -> Work:
-    """2.4 instructions a lane compare a source with four targets by one hash; a row that counts is added by 15 of a
-    warp. 60 % of the issue rate is what latency leaves."""
+    """2.4 instructions of a warp compare a target with 32 sources by one hash, 15 add a row that counts. Nine tenths of
+    the issue slots are used."""
     counting = c.pairs * (1 - (1 - 2.0**-c.bits) ** c.hashes)
     return Work(
         dram=c.tokens * (2 * c.dim * c.size + 2 * c.hashes * c.code_size),
-        instructions=(c.pairs / 32 * c.hashes * 2.4 / 4 + counting * 15 * c.dim / 64) / 0.6,
+        instructions=(c.pairs / 32 * c.hashes * 2.4 + counting * 15 * c.dim / 64) / 0.9,
     )
 
 
 def build_tables(c: Case) -> Work:
-    """A token, a hash and 64 columns: 2.7 wavefronts and 27 instructions; rows are read once for every two hashes."""
-    entries = c.tokens * c.hashes * c.dim / 64
+    """A token, a hash and 64 columns: 2.7 wavefronts, 15 instructions for the row, and for lists and buckets 14 for
+    every 256 buckets. A block reads the rows once for as many hashes as have 512 buckets together, at most 4."""
+    entries, buckets = c.tokens * c.hashes * c.dim / 64, 2**c.bits
     tables = c.rows * c.hashes * 2**c.bits * 4 * c.dim
     return Work(
         dram=c.tokens * c.dim * c.size + c.tokens * c.hashes * c.code_size + tables,
-        l2=c.tokens * c.dim * c.size * c.hashes / 2 + tables,
-        instructions=27 * entries,
+        l2=c.tokens * c.dim * c.size * c.hashes * max(128, buckets) / 512 + tables,
+        instructions=(15 + 14 * buckets / 256) * entries,
         wavefronts=2.7 * entries,
     )
 
@@ -215,30 +222,26 @@ def split_rows(c: Case, arrays: int) -> Work:
     return Work(dram=arrays * c.tokens * c.dim * 2 * c.size, instructions=arrays * c.tokens * 60, kernels=arrays)
 
 
-def collision_attention(c: Case) -> Work:
-    """Two products and at least 0.21 clocks of a multiprocessor's instructions for every pair."""
-    pairs = Work(
+def collision_pass(c: Case, products: int, rows: int, clocks: float) -> Work:
+    """`products` of tensor cores for every pair, blocks of `rows` that read all columns, and the clocks of instructions
+    of a multiprocessor for a pair, four fifths of whose issue slots are used."""
+    return Work(
         dram=4 * c.tokens * c.dim * c.size,
-        l2=c.pairs / 128 * 2 * c.dim * c.size,
-        flops=4 * c.pairs * c.dim,
-        instructions=0.21 * 4 * c.pairs,
+        l2=c.pairs / rows * 2 * c.dim * c.size,
+        flops=2 * products * c.pairs * c.dim,
+        instructions=clocks / 0.8 * 4 * c.pairs,
         mufu=c.pairs / 32,
     )
-    return split_rows(c, 3) + pairs
+
+
+def collision_attention(c: Case) -> Work:
+    return split_rows(c, 3) + collision_pass(c, 2, 96, 0.26)
 
 
 def collision_attention_bwd(c: Case) -> Work:
-    """Seven products, since the pass over rows and the one over columns both form the weights; 0.32 clocks each."""
-    pairs = Work(
-        dram=8 * c.tokens * c.dim * c.size,
-        l2=2 * c.pairs / 128 * 2 * c.dim * c.size,
-        flops=14 * c.pairs * c.dim,
-        instructions=2 * 0.32 * 4 * c.pairs,
-        mufu=2 * c.pairs / 32,
-        kernels=2,
-    )
+    """The pass over rows (dq) and the one over columns (dk, dv) both form the weights."""
     finish = Work(dram=2 * c.tokens * c.dim * (4 + 2 * c.size), instructions=2 * c.tokens * 200, kernels=2)
-    return split_rows(c, 4) + pairs + finish
+    return split_rows(c, 4) + collision_pass(c, 3, 128, 0.40) + collision_pass(c, 4, 64, 0.44) + finish
 
 
 OPERATORS = {
@@ -267,35 +270,37 @@ def expectation_seconds(c: Case) -> float:
 
 def training_seconds(c: Case) -> float:
     """Forward; hashes again, the gradient through the lengths, the transposed sum, the pairs."""
-    forward, signs = forward_seconds(c), random_signs(c).seconds + 2 * lsh_hash(c).seconds
-    return (
-        forward
-        + signs
-        + l2_normalize(c, 8).seconds
-        + bucket_attention(c).seconds
-        + bucket_gradient(c, size_dout=4).seconds
-    )
+    hashes, gradient = (random_signs(c), lsh_hash(c), lsh_hash(c)), bucket_gradient(c, size_dout=4)
+    parts = (*hashes, l2_normalize_bwd(c), bucket_attention(c), gradient)
+    return forward_seconds(c) + sum(part.seconds for part in parts)
 
 
 def expectation_training_seconds(c: Case) -> float:
-    return 2 * expectation_seconds(c) + l2_normalize(c, 8).seconds + collision_attention_bwd(c).seconds
+    """The backward pass begins with the saved result and its lengths."""
+    return expectation_seconds(c) + (l2_normalize_bwd(c) + collision_attention_bwd(c)).seconds
+
+
+def flash_flops(c: Case, backward: bool = False) -> float:
+    """Exact attention: two products forward, five backward."""
+    return (14 if backward else 4) * c.pairs * c.dim
 
 
 def flash_seconds(c: Case, backward: bool = False) -> float:
-    """Exact attention: two products forward, five backward, or what q, k, v and the result take to move."""
-    forward = max(4 * c.pairs * c.dim / FLASH["forward"], 4 * c.tokens * c.dim * c.size / RATES["DRAM"])
-    return forward + LAUNCH + (10 * c.pairs * c.dim / FLASH["backward"] + 2 * LAUNCH if backward else 0)
+    """At least what q, k, v and the result take to move."""
+    forward = max(flash_flops(c) / FLASH["forward"], 4 * c.tokens * c.dim * c.size / RATES["DRAM"]) + LAUNCH
+    more = flash_flops(c, True) - flash_flops(c)
+    return forward + (more / FLASH["backward"] + 2 * LAUNCH if backward else 0)
 
 
 def table() -> Iterator[str]:
     yield "predicted milliseconds on an H200: B * H = 96, D = 64, bfloat16; SDPA = exact attention by torch"
-    yield f"{'':32}" + "".join(f"{'N=' + str(n):>10}" for n in (1024, 4096, 16384, 65536))
+    yield f"{'':32}" + "".join(f"{'N=' + str(n):>10}" for n in LENGTHS)
     wholes = {"SDPA forward": flash_seconds, "SDPA forward + backward": lambda c: flash_seconds(c, True)}
     wholes |= {"expectation (8) forward": expectation_seconds}
     for name, seconds in wholes.items():
-        yield row(name, [seconds(Case(seq=n)) for n in (1024, 4096, 16384, 65536)])
+        yield row(name, [seconds(Case(seq=n)) for n in LENGTHS])
     for hashes, bits in ((16, 8), (32, 9)):
-        cases = [Case(seq=n, hashes=hashes, bits=bits) for n in (1024, 4096, 16384, 65536)]
+        cases = [Case(seq=n, hashes=hashes, bits=bits) for n in LENGTHS]
         yield row(f"yoso ({hashes}, {bits}) forward", [forward_seconds(c) for c in cases])
         yield row(f"yoso ({hashes}, {bits}) forward + backward", [training_seconds(c) for c in cases])
         speedups = [flash_seconds(c) / forward_seconds(c) for c in cases]

@@ -1,94 +1,72 @@
-"""The operators that are measured by themselves on a CUDA device: their inputs, calls and models."""
+"""The operators that are measured by themselves on a CUDA device: their inputs and calls, on any device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import subquad
 from bench import cuda_checks as checks
-from bench import cuda_model as model
+from bench.cuda_model import Case
 
-HASHES, BITS, BUCKETS = 16, 8, 256
+HASHES, BITS, BUCKETS = Case.hashes, Case.bits, 1 << Case.bits
 
 
 @dataclass
 class Operator:
-    """`make` gives the rotating sets of arrays [B, H, ...], `call` takes one, also on the CPU."""
+    """By the name that cuda_model.OPERATORS has for it. `make` gives the rotating sets of arrays [B, H, ...], `call`
+    takes one, also its first head on the CPU."""
 
     name: str
     seq: int
     make: Callable[[], list[list]]
     call: Callable
-    work: model.Work
     limit: float = checks.LIMIT
 
 
-def hadamard(signs: dict, x):
-    """`signs` by device."""
-    return subquad.lsh_hash(x, signs=signs[x.device.type], num_hashes=HASHES, hash_bits=BITS)
+def attend(v, codes_q, codes_k, **keywords):
+    return subquad.bucket_attention(codes_q, codes_k, v, BUCKETS, **keywords)
 
 
-def gaussian(planes: dict, x):
-    return subquad.lsh_hash(x, planes=planes[x.device.type])
+def operators(bench) -> Iterator[Operator]:
+    torch, seq, short = bench.torch, bench.seq(16384), bench.seq(4096)
+    drawn = {"signs": torch.empty(3, 2, 64), "planes": torch.empty(HASHES, BITS, 64)}
+    subquad.random_signs(drawn["signs"].shape, seed=1, out=drawn["signs"])
+    subquad.random_normal(drawn["planes"].shape, seed=1, out=drawn["planes"])
+    on = {kind: {name: x.to(kind) for name, x in drawn.items()} for kind in {"cpu", bench.device.kind}}
 
+    def hadamard(x):
+        return subquad.lsh_hash(x, signs=on[x.device.type]["signs"], num_hashes=HASHES, hash_bits=BITS)
 
-def with_codes(sets: list[list], hash_rows: Callable, hashed: int) -> list[list]:
-    """Behind the arrays of each set the codes of its first `hashed` ones."""
-    return [[*arrays, *(hash_rows(x) for x in arrays[:hashed])] for arrays in sets]
+    def gaussian(x):
+        return subquad.lsh_hash(x, planes=on[x.device.type]["planes"])
 
+    def rows():
+        return bench.sets(seq, 1)
 
-def operators(bench, seq: int) -> Iterator[Operator]:
-    torch, case, kind = bench.torch, bench.case(seq, hashes=HASHES, bits=BITS), bench.device.kind
-    signs, planes = {"cpu": torch.empty(3, 2, 64)}, {"cpu": torch.empty(HASHES, BITS, 64)}
-    subquad.random_signs([3, 2, 64], seed=1, out=signs["cpu"])
-    subquad.random_normal([HASHES, BITS, 64], seed=1, out=planes["cpu"])
-    signs[kind], planes[kind] = signs["cpu"].to(kind), planes["cpu"].to(kind)
-    hash_rows = partial(hadamard, signs)
+    def codes():
+        return [[hadamard(x)] for (x,) in rows()]
 
-    def arrays(count: int):
-        return lambda: bench.sets(seq, count)
+    def rows_and_codes():
+        return [[v, hadamard(q), hadamard(k)] for q, k, v in bench.sets(seq)]
 
-    def codes_of(hashed: int, keep: slice):
-        return lambda: [x[keep] for x in with_codes(bench.sets(seq, max(hashed, 1)), hash_rows, hashed)]
+    def pairs():
+        return [[dout, q, k, v, hadamard(q), hadamard(k)] for q, k, v, dout in bench.sets(seq, 4)]
 
-    def attend_bwd(dout, codes_q, codes_k):
-        return subquad.bucket_attention_bwd(dout, codes_q, codes_k, BUCKETS)
-
-    def attend(v, codes_q, codes_k, **keywords):
-        return subquad.bucket_attention(codes_q, codes_k, v, BUCKETS, **keywords)
-
-    def pick(q, k, v, dout, codes_q, codes_k):
-        return subquad.bucket_gradient(dout, q, k, v, codes_q, codes_k, BITS, seed=1)
-
-    # [rows, codes of queries, codes of keys]; the codes are those of other arrays.
-    rows_and_codes = lambda: [  # noqa: E731
-        [v, hash_rows(q), hash_rows(k)] for q, k, v in bench.sets(seq)
-    ]
-    dense = bench.case(bench.seq(4096))
-    yield Operator("l2_normalize", seq, arrays(1), subquad.l2_normalize, model.l2_normalize(case))
-    yield Operator("lsh_hash hadamard", seq, arrays(1), hash_rows, model.lsh_hash(case), 0)
-    yield Operator("lsh_hash gaussian", seq, arrays(1), partial(gaussian, planes), model.lsh_hash_gaussian(case), 1e-3)
+    yield Operator("l2_normalize", seq, rows, subquad.l2_normalize)
+    yield Operator("lsh_hash hadamard", seq, rows, hadamard, 0)
+    yield Operator("lsh_hash gaussian", seq, rows, gaussian, 1e-3)
+    yield Operator("bucket_sort", seq, codes, lambda x: subquad.bucket_sort(x, BUCKETS), 0)
+    yield Operator("bucket_attention", seq, rows_and_codes, attend)
+    yield Operator("bucket_attention causal", seq, rows_and_codes, lambda *x: attend(*x, is_causal=True))
+    yield Operator("bucket_attention_bwd", seq, rows_and_codes, lambda *x: subquad.bucket_attention_bwd(*x, BUCKETS))
     yield Operator(
-        "bucket_sort", seq, codes_of(1, slice(1, 2)), lambda c: subquad.bucket_sort(c, BUCKETS),
-        model.bucket_sort(case), 0,
-    )  # fmt: skip
-    yield Operator("bucket_attention", seq, rows_and_codes, attend, model.bucket_attention(case))
-    yield Operator(
-        "bucket_attention causal", seq, rows_and_codes, partial(attend, is_causal=True), model.bucket_segments(case)
+        "bucket_gradient", seq, pairs, lambda *x: subquad.bucket_gradient(*x, BITS, seed=1), checks.GRADIENT_LIMIT
     )
-    yield Operator("bucket_attention_bwd", seq, rows_and_codes, attend_bwd, model.bucket_attention(case))
     yield Operator(
-        "bucket_gradient", seq, lambda: with_codes(bench.sets(seq, 4), hash_rows, 2), pick,
-        model.bucket_gradient(case), checks.GRADIENT_LIMIT,
-    )  # fmt: skip
+        "collision_attention", short, lambda: bench.sets(short), lambda *x: subquad.collision_attention(*x, BITS), 1e-2
+    )
     yield Operator(
-        "collision_attention", dense.seq, lambda: bench.sets(dense.seq),
-        lambda q, k, v: subquad.collision_attention(q, k, v, BITS), model.collision_attention(dense), 1e-2,
-    )  # fmt: skip
-    yield Operator(
-        "collision_attention_bwd", dense.seq, lambda: bench.sets(dense.seq, 4),
-        lambda q, k, v, dout: subquad.collision_attention_bwd(dout, q, k, v, BITS),
-        model.collision_attention_bwd(dense), checks.GRADIENT_LIMIT,
+        "collision_attention_bwd", short, lambda: bench.sets(short, 4),
+        lambda *x: subquad.collision_attention_bwd(*x, BITS), checks.GRADIENT_LIMIT,
     )  # fmt: skip

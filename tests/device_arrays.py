@@ -7,17 +7,16 @@ import inspect
 import numpy as np
 
 import subquad
-from subquad import _ext
 
 _VECTOR = 16  # bytes: arrays keep their offset from a multiple of it, which decides how kernels load
 
 
 def why_no_cuda():
     """Why nothing can run on a CUDA device here; "" where it can."""
-    if getattr(_ext, "cuda_build", lambda: None)() is None:
+    if not subquad.cuda.is_built():
         return "this build has no CUDA kernels"
-    if not _ext.cuda_devices():
-        return f"no CUDA device: {_ext.cuda_why_none()}"
+    if not subquad.cuda.is_available():
+        return f"no CUDA device: {subquad.cuda.why_none()}"
     if importlib.util.find_spec("torch") is None:
         return "torch, which makes the CUDA arrays, is not installed"
     import torch

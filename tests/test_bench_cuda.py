@@ -155,7 +155,7 @@ def test_wrong_gradients_and_codes_have_no_figure(bench, monkeypatch):
 
     monkeypatch.setattr(subquad, "lsh_hash", flipped)
     cuda.training(bench)
-    for operator in [*cuda_operators.operators(bench, 128)][1:3]:
+    for operator in [*cuda_operators.operators(bench)][1:3]:
         cuda.operator_line(bench, operator.name, operator)
     assert len(bench.failures) == 5
 
@@ -280,6 +280,40 @@ def test_a_runner_falls_back_to_events():
     assert cuda_device.Runner(FakeCuda(), [fake.call(1e-3)], graph=False).how == "events"
 
 
+class FakeDriver:
+    """A graph at 0xA000 with nodes of these kinds."""
+
+    kinds = (0, 1, 0, 2, 0)
+
+    def __init__(self, status=0):
+        self.status = status
+
+    def cuGraphGetNodes(self, graph, nodes, count):
+        assert graph.value == 0xA000
+        if nodes is None:
+            count._obj.value = len(self.kinds)
+        else:
+            nodes[:] = [0xB000 + i for i in range(len(self.kinds))]
+        return self.status
+
+    def cuGraphNodeGetType(self, node, kind):
+        kind._obj.value = self.kinds[node.value - 0xB000]
+        return 0
+
+
+@pytest.mark.parametrize("status, expected", [(0, (3, "graph")), (1, (7, "profiler"))])
+def test_kernels_are_counted(monkeypatch, status, expected):
+    """By the nodes of a graph, and where the driver does not tell them by the profiler."""
+    fake = FakeCuda()
+    fake.cuda.CUDAGraph = lambda keep_graph: SimpleNamespace(raw_cuda_graph=lambda: 0xA000)
+    device = object.__new__(cuda_device.CudaDevice)
+    device.torch = fake
+    monkeypatch.setattr(cuda_device.ctypes, "CDLL", lambda name: FakeDriver(status))
+    monkeypatch.setattr(device, "_profiled", lambda call: 7)
+    assert device.count_kernels(fake.call(1e-6)) == expected
+    assert fake.streams == (["default"] if status else [])
+
+
 def test_samples_come_in_turn():
     seen = []
 
@@ -291,32 +325,7 @@ def test_samples_come_in_turn():
     assert a == [1, 2, 3, 4, 5] and b == [-1, -2, -3, -4, -5]
 
 
-# Model and command line
-
-
-def test_the_model_is_linear_where_the_method_is():
-    for hashes, bits in ((16, 8), (32, 9)):
-        short, long = (cuda_model.Case(seq=n, hashes=hashes, bits=bits) for n in (16384, 65536))
-        assert 3.8 < cuda_model.forward_seconds(long) / cuda_model.forward_seconds(short) < 4.6
-        assert cuda_model.training_seconds(short) > 2 * cuda_model.forward_seconds(short)
-    dense = [cuda_model.collision_attention(cuda_model.Case(seq=n)).seconds for n in (16384, 65536)]
-    assert dense[1] / dense[0] == pytest.approx(16, rel=0.01)
-
-
-def test_a_model_is_its_slowest_unit_and_its_launches():
-    work = cuda_model.Work(dram=4.3e12, flops=310e12, instructions=1, kernels=3)
-    assert work.bound == "DRAM" and work.seconds == pytest.approx(1 + 6e-6)
-    assert cuda_model.Work(flops=620e12).bound == "matrix"
-    both = cuda_model.Work(flops=620e12) + work + cuda_model.Work(l2=5.5e10)
-    assert both.seconds == pytest.approx(2.01 + 10e-6) and len(both.parts) == 3
-    assert both.bytes == 4.3e12 and both.operations == 930e12
-
-
-def test_the_predicted_table_needs_no_device(capsys):
-    assert cuda.main(["--model"]) == 0
-    text = capsys.readouterr().out
-    for name in (*cuda_model.OPERATORS, "yoso (16, 8) forward", "SDPA forward", "expectation"):
-        assert name in text
+# Command line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
@@ -345,7 +354,7 @@ def test_lines_are_written_even_if_the_device_is_lost(monkeypatch, tmp_path):
         raise RuntimeError("an illegal memory access was encountered")
 
     def fail(*args, **keywords):
-        device.synchronize = lost
+        device.synchronize = device.free = lost
         raise RuntimeError("launch failed")
 
     monkeypatch.setattr(cuda, "expectation", fail)

@@ -60,7 +60,7 @@ def test_a_dry_run_says_every_command(tmp_path):
         "--no-build-isolation --no-deps --no-index",
         "-Ccmake.define.SUBQUAD_CUDA=ON -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=90a-real",
         "-m pytest -m cuda",
-        "--tool memcheck",
+        "--kernel-name kns=subquad --report-api-errors no --error-exitcode 86 --tool memcheck",
         "--tool racecheck",
         "cuda/sass.py",
         "-m bench cuda --budget",
@@ -234,4 +234,5 @@ def test_reasons(gpu):
     log = "building\n  k.cu(3): error: identifier is undefined\nERROR: Failed building wheel for subquad\n"
     assert gpu.reason(log) == "k.cu(3): error: identifier is undefined"
     assert gpu.reason("Traceback\n  line\nImportError: no _ext\n") == "ImportError: no _ext"
+    assert gpu.reason("torch.AcceleratorError: CUDA error\nmore\n") == "torch.AcceleratorError: CUDA error"
     assert gpu.reason("one\ntwo\n\n") == "two" and gpu.reason("") == "no output"

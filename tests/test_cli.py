@@ -99,6 +99,34 @@ def test_info_survives_a_broken_environment(command):
     assert 'got "z80"' in words and 'got "many"' in words
 
 
+@pytest.mark.parametrize(
+    "built, devices, sentence",
+    [
+        (False, 0, "no device: a reason"),
+        (True, 0, "no device: a reason (kernels for 80-real)"),
+        (True, 1, "H200 (capability 9.0, 132 multiprocessors, 139 GiB); kernels for 80-real"),
+        (True, 2, "H200 (capability 9.0, 132 multiprocessors, 139 GiB), H200 (capability 9.0, 132 multiprocessors, "
+                  "139 GiB); kernels for 80-real"),
+    ],
+)  # fmt: skip
+def test_info_about_cuda(monkeypatch, capsys, built, devices, sentence):
+    """As it is told on machines with and without a device, by builds with and without kernels."""
+    device = ("H200", (9, 0), 132, (139 << 30) + 5)
+    for name, value in {
+        "is_built": built, "architectures": "80-real" if built else "", "devices": [device] * devices,
+        "why_none": "" if devices else "a reason",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(subquad.cuda, name, lambda value=value: value)
+    cli.main(["info"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"CUDA: {sentence} system:" in text
+    cli.main(["info", "--json"])
+    found = json.loads(capsys.readouterr().out)["cuda"]
+    shown = {"name": "H200", "capability": [9, 0], "multiprocessors": 132, "memory_bytes": (139 << 30) + 5}
+    assert found["built"] is built and found["devices"] == [shown] * devices
+    assert found["why_none"] == ("" if devices else "a reason")
+
+
 def test_info_imports_no_framework(tmp_path):
     code = (
         "import sys; from subquad.cli import main; main(['info']); "

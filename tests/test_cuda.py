@@ -203,6 +203,7 @@ def test_graphs_of_other_methods(options):
 
 
 def test_a_call_leaves_nothing_but_its_results():
+    """Other processes may take and free memory of the device meanwhile, so one call in many has to be undisturbed."""
     given = [*qkv(500), qkv(500, seed=1)[0]]
     step(*given)
     torch.cuda.synchronize()
@@ -210,12 +211,15 @@ def test_a_call_leaves_nothing_but_its_results():
     def requested():
         return torch.cuda.memory_stats()["requested_bytes.all.current"]
 
-    before, free = requested(), torch.cuda.mem_get_info()[0]
-    reserved = torch.cuda.memory_reserved()
-    results = step(*given)
-    torch.cuda.synchronize()
-    assert requested() - before == sum(x.nbytes for x in results)
-    assert free - torch.cuda.mem_get_info()[0] <= torch.cuda.memory_reserved() - reserved, "memory beside torch's"
+    beside = []
+    for _ in range(20):
+        before, free, reserved = requested(), torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
+        results = step(*given)
+        torch.cuda.synchronize()
+        assert requested() - before == sum(x.nbytes for x in results)
+        beside.append(free - torch.cuda.mem_get_info()[0] - (torch.cuda.memory_reserved() - reserved))
+        del results
+    assert 0 in beside, f"bytes of memory beside torch's: {beside}"
 
 
 # Seeds and options

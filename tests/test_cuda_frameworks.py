@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import subquad
-from cases import DTYPES, arrays, strided
+from cases import DTYPES, arrays
 from cuda_frameworks import cupy_on_cuda, jax_device, jax_on_cuda, needs_cuda
 from yoso_checks import BY_NAME, METHOD, check_backward, check_forward
 
@@ -46,7 +46,7 @@ def test_cupy_arrays_are_views_and_outputs():
     np.testing.assert_array_equal(framework.read(seeded), expected)
     flipped = subquad.yoso_attention(made[0][:, :, ::-1], *made[1:], **SAMPLED)
     np.testing.assert_array_equal(framework.read(flipped)[:, :, ::-1], expected)
-    assert strided(q).shape == out.shape and out.device == made[0].device
+    assert out.device == made[0].device
 
 
 def test_cupy_current_stream():
@@ -199,7 +199,7 @@ def test_jax_errors(sj):
             jax.block_until_ready(call(wide, wide, wide))
     with pytest.raises(Exception, match=r"no kernel on cuda:\d+"):
         jax.block_until_ready(jax.jit(sj.softmax_attention)(q, k, v))
-    with pytest.raises(ValueError, match=".*"):
+    with pytest.raises(ValueError, match="(?i)devices"):
         sj.yoso_attention(q, jax.device_put(k, jax.devices("cpu")[0]), v)
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import subquad
-from cases import CASES, DTYPES, Case, arrays, strided
+from cases import CASES, DTYPES, Case, arrays, as_dtype, strided
 from ref import yoso_attention as ref
+from tolerance import EPS
 from yoso_checks import BY_NAME, METHOD, check_backward, check_forward, library_codes
 
 # Matches the reference
@@ -336,3 +337,17 @@ def test_the_error_falls_as_the_root_of_the_hashes():
     ]
     slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
     assert -0.56 < slope < -0.44
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.backends
+def test_weights_below_the_range_of_halves_are_not_lost(dtype, isa):
+    """Of keys nearly opposite to the query only, what is left of the sum still has its direction."""
+    pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed") if dtype == "bfloat16" else None
+    angle = np.deg2rad(np.array([150.0, 155.0, 160.0]))
+    q = as_dtype(np.array([1.0, 0.0]).reshape(1, 1, 1, 2), dtype)
+    k = as_dtype(np.stack([np.cos(angle), np.sin(angle)], -1).reshape(1, 1, 3, 2), dtype)
+    v = as_dtype(np.random.default_rng(0).standard_normal((1, 1, 3, 8)), dtype)
+    out = subquad.yoso_attention(q, k, v, hash_bits=20, expectation=True)
+    exact = ref.yoso_attention(*(x.astype(np.float64) for x in (q, k, v)), hash_bits=20, expectation=True)
+    np.testing.assert_allclose(np.asarray(out, np.float64), exact, atol=4 * EPS[dtype])

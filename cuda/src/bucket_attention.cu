@@ -14,11 +14,15 @@ enum class Path { pairs, tables, segments };
 // The batch and the number of heads must not count here: an item alone gives the same bits as in a batch.
 Path path_of(const BucketProblem& p) {
   const int64_t targets = p.targets.tokens;
-  if (targets == 0 || p.sources.tokens <= kFewPairs / targets) return Path::pairs;
+  if (targets == 0 || p.sources.group == 0 || p.sources.tokens <= kFewPairs / targets) return Path::pairs;
   return !p.causal && p.num_buckets <= kMostTableBuckets ? Path::tables : Path::segments;
 }
 
-const char* supports(const BucketAttentionArgs& args) { return args.dim_v > kMaxHeadDim ? kTooWide : nullptr; }
+const char* supports(const BucketAttentionArgs& args) {
+  if (args.dim_v > kMaxHeadDim) return kTooWide;
+  if (args.seq_q > INT32_MAX || args.seq_k > INT32_MAX) return "more than 2^31 - 1 tokens";
+  return nullptr;
+}
 
 template <bool Backward>
 int64_t workspace_bytes(const Queue&, const BucketAttentionArgs& args) {

@@ -59,10 +59,10 @@ int64_t build_shared_bytes(int hashes, int groups) {
   return kBuildTile<T> * int64_t(2 * Columns * sizeof(T) + (2 + groups) * hashes * sizeof(uint16_t));
 }
 
-/// What a block works on, and where its head's first row, codes and mask are. Kept in shared memory to save registers.
+/// What a block works on, and where its head's first row and codes are. Kept in shared memory to save registers.
 struct BuildBlock {
   int64_t pair, hash, column;
-  int64_t rows, codes, mask;
+  int64_t rows, codes, batch;
   int group;
 };
 
@@ -79,7 +79,7 @@ __device__ inline BuildBlock build_block(const TablesArgs& a) {
           column,
           row_offset(p.rows, b, head, 0) + column,
           row_offset(p.sources.codes, b, head, hash),
-          b * p.sources.mask.stride[0],
+          b,
           int(blockIdx.x / column_blocks % a.group_blocks) * a.groups};
 }
 
@@ -124,7 +124,7 @@ struct TileCodes {
       raw[c] = {0, false};
       if (hash < a.hashes && block.hash + hash < p.num_hashes && token < p.sources.tokens)
         raw[c] = {load_code(codes, block.codes + tile.head * codes.stride[1] + hash * codes.stride[2] + token),
-                  !p.sources.mask.data || static_cast<const uint8_t*>(p.sources.mask.data)[block.mask + token]};
+                  is_kept(p.sources.mask, block.batch, token)};
     }
   }
   __device__ void store(const TablesArgs& a, uint16_t* to) const {

@@ -1,7 +1,7 @@
 /// Codes, masks and places of the tokens of one side of bucket_attention.
 #pragma once
 #include "bucket_problem.cuh"
-#include "device/warp.cuh"
+#include "operand_rows.cuh"
 
 namespace subquad::cuda {
 
@@ -21,12 +21,8 @@ __device__ inline int32_t load_code(const Operand& codes, int64_t offset) {
                                    : static_cast<const int32_t*>(codes.data)[offset];
 }
 
-__device__ inline bool load_mask(const Operand& mask, int64_t b, int64_t token) {
-  return !mask.data || static_cast<const uint8_t*>(mask.data)[b * mask.stride[0] + token];
-}
-
 __device__ inline RawCode load_raw(const BucketSide& side, int64_t b, int64_t head, int64_t hash, int64_t token) {
-  return {load_code(side.codes, row_offset(side.codes, b, head, hash) + token), load_mask(side.mask, b, token)};
+  return {load_code(side.codes, row_offset(side.codes, b, head, hash) + token), is_kept(side.mask, b, token)};
 }
 
 /// The code, or `none` for a masked token and a code outside [0, num_buckets).

@@ -48,7 +48,7 @@ __device__ inline GatherBlock gather_block(const TablesArgs& a, int64_t* codes, 
   for (int i = int(threadIdx.x); i < count; i += kGatherThreads) {
     const int64_t head = head_kv * p.targets.group + (first + i) / p.targets.tokens;
     const int64_t token = (first + i) % p.targets.tokens;
-    const bool keep = load_mask(p.targets.mask, b, token);
+    const bool keep = is_kept(p.targets.mask, b, token);
     codes[i] = keep ? row_offset(p.targets.codes, b, head, 0) + token : kNowhere;
     rows[i] = row_offset(p.out, b, head, token);
   }

@@ -29,12 +29,7 @@ Layout take_layout(Arena& arena, const BucketGradientArgs& a) {
 }
 
 /// True if every row of x begins at a multiple of 16 bytes and has whole multiples of them.
-bool is_wide(const Operand& x, int64_t dim) {
-  const int64_t size = dtype_bytes(x.dtype);
-  int64_t offsets = dim * size;
-  for (int axis = 0; axis < 3; ++axis) offsets |= x.stride[axis] * size;
-  return ((uint64_t(offsets) | reinterpret_cast<uintptr_t>(x.data)) & 15) == 0;
-}
+bool is_wide(const Operand& x, int64_t dim) { return dim * dtype_bytes(x.dtype) % 16 == 0 && has_aligned_rows(x, 16); }
 
 /// How picks are spread over the lanes of a warp, and the division by num_samples.
 void plan_picks(PairProblem& p) {

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kPairThreads)
     row_scale_kernel(const __grid_constant__ PairSide side, int64_t batch, int dim, RowScale* scales) {
   const SideRow at = side_row_of_warp(side, batch, kPairWarps);
   if (!at.exists || !at.kept) return;
-  WarpRow<Count> row = load_row<Count>(row_of<const T>(side.unit, at.b, at.h, at.n), dim);
+  WarpRow<Count> row = load_row<Count>(element<const T>(side.unit, at.b, at.h, at.n), dim);
   const RowScale scale = scale_of(measure_row(row));
   if (lane_id() == 0) scales[(at.b * side.heads + at.h) * side.seq + at.n] = scale;
 }
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kPairThreads)
     widen_rows_kernel(const __grid_constant__ PairSide side, int64_t batch, int dim, float* rows) {
   const SideRow at = side_row_of_warp(side, batch, kPairWarps);
   if (!at.exists || !at.kept) return;
-  const WarpRow<8> row = load_row<8>(row_of<const T>(side.value, at.b, at.h, at.n), dim);
+  const WarpRow<8> row = load_row<8>(element<const T>(side.value, at.b, at.h, at.n), dim);
   store_row(row, rows + ((at.b * side.heads + at.h) * side.seq + at.n) * dim, dim);
 }
 
@@ -165,7 +165,7 @@ __device__ inline RowScale scale_of_row(const PairProblem& p, const SideRow& at)
 /// the gradient.
 template <int Team, class T>
 __device__ inline void load_unit(const PairProblem& p, const SideRow& at, RowScale scale, float (&x)[kLaneColumns]) {
-  const T* row = row_of<const T>(p.targets.unit, at.b, at.h, at.n);
+  const T* row = element<const T>(p.targets.unit, at.b, at.h, at.n);
   widen_columns(p.wide_loads ? load_columns<Team, true>(row, p.dim_unit) : load_columns<Team, false>(row, p.dim_unit),
                 x);
   const float inverse = 1 / scale.length;
@@ -183,9 +183,9 @@ __device__ inline bool load_target(const PairProblem& p, const SideRow& at, RowS
   const PairSide& side = p.targets;
   const int dim = p.dim_value;
   if (side.value.dtype == DType::f32)
-    load_like<Team, kPieceOf<V>>(row_of<const float>(side.value, at.b, at.h, at.n), dim, target.value);
+    load_like<Team, kPieceOf<V>>(element<const float>(side.value, at.b, at.h, at.n), dim, target.value);
   else
-    load_like<Team, kPieceOf<V>>(row_of<const T>(side.value, at.b, at.h, at.n), dim, target.value);
+    load_like<Team, kPieceOf<V>>(element<const T>(side.value, at.b, at.h, at.n), dim, target.value);
   load_unit<Team, T>(p, at, scale, target.unit);
   bool any = false;
 #pragma unroll
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kPairThreads, (kPairBlocks<Exact, T, V>))
     finish_target<Team, T>(p, at, scale_of_row(p, at), target);
   }
   if (lane_id() >= Team) return;
-  T* grad = row_of<T>(p.targets.grad, at.b, at.h, at.n);
+  T* grad = element<T>(p.targets.grad, at.b, at.h, at.n);
   if (p.wide_loads)
     store_columns<Team, true>(target.sum, grad, p.dim_unit);
   else

@@ -6,7 +6,7 @@ namespace subquad::cuda {
 namespace {
 
 // Rows that are too long to stay on chip need scratch memory, a piece for every block: enough blocks for any device.
-constexpr int64_t kStreamingBlocks = 512;
+constexpr int64_t kStreamingBlocks = 256;
 
 int bits_of(int64_t value) {
   int bits = 0;

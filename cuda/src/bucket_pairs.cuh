@@ -12,7 +12,6 @@
 /// 12 KiB of shared memory a block.
 #pragma once
 #include "bucket_codes.cuh"
-#include "device/load_store.cuh"
 
 namespace subquad::cuda {
 
@@ -148,13 +147,6 @@ __device__ inline void join_warps(WarpRow<Count> (&sums)[kPairTargets], int shar
   }
 }
 
-template <int Count>
-__device__ inline void store_as(const WarpRow<Count>& row, const Operand& out, int64_t offset, int64_t dim) {
-  if (out.dtype == DType::f32) store_row(row, static_cast<float*>(out.data) + offset, dim);
-  if (out.dtype == DType::f16) store_row(row, static_cast<half*>(out.data) + offset, dim);
-  if (out.dtype == DType::bf16) store_row(row, static_cast<bfloat16*>(out.data) + offset, dim);
-}
-
 /// Count columns a lane: rows of up to 32 * Count elements.
 template <int Count, class T>
 __global__ void __launch_bounds__(kPairThreads, Count > 2 ? 2 : 3)
@@ -183,8 +175,7 @@ __global__ void __launch_bounds__(kPairThreads, Count > 2 ? 2 : 3)
       }
       const int own = part * kPairTile;
       add_tile_rows(sums, counts, sees_below(p, block.first + first_target, first + own), p.backward,
-                    static_cast<const T*>(p.rows.data) + row_offset(p.rows, block.b, head, first + own),
-                    p.rows.stride[2], p.dim);
+                    element<const T>(p.rows, block.b, head, first + own), p.rows.stride[2], p.dim);
     }
   }
   if (sharing > 1) join_warps(sums, sharing, reinterpret_cast<float*>(source_codes));
@@ -195,7 +186,7 @@ __global__ void __launch_bounds__(kPairThreads, Count > 2 ? 2 : 3)
     if (target >= p.targets.tokens) break;
 #pragma unroll
     for (int j = 0; j < Count; ++j) sums[i].value[j] *= p.scale;
-    store_as(sums[i], p.out, row_offset(p.out, block.b, block.head, target), p.dim);
+    visit_row(p.out, block.b, block.head, target, [&](auto* row) { store_row(sums[i], row, p.dim); });
   }
 }
 

@@ -6,24 +6,22 @@
 namespace subquad::cuda {
 namespace {
 
-/// True if vectors of columns of all rows are aligned.
-bool allows_vectors(const Operand& x, int64_t dim) {
-  const uintptr_t bytes = uintptr_t(dtype_bytes(x.dtype)) * kSegmentColumns;
-  bool aligned = dim % kSegmentColumns == 0 && reinterpret_cast<uintptr_t>(x.data) % bytes == 0;
-  for (int axis = 0; axis < 3; ++axis) aligned = aligned && x.stride[axis] % kSegmentColumns == 0;
-  return aligned;
+/// Whether rows can be read or written four elements at a time.
+bool allows_quads(const Operand& x, int64_t dim) {
+  return dim % kQuad == 0 && has_aligned_rows(x, kQuad * dtype_bytes(x.dtype));
 }
 
 SegmentArgs segment_args(const BucketProblem& problem, const Segments& segments) {
   SegmentArgs a = {};
   a.problem = problem, a.segments = segments;
   a.lanes_log2 = 3;
-  while (a.lanes_log2 < 5 && (kSegmentColumns << a.lanes_log2) < problem.dim) ++a.lanes_log2;
-  const int64_t width = kSegmentColumns << a.lanes_log2;
-  a.slices = unsigned((problem.dim + width - 1) / width);
+  while (a.lanes_log2 < 5 && (kQuad << a.lanes_log2) < problem.dim) ++a.lanes_log2;
+  const int64_t width = kQuad << a.lanes_log2;
+  a.slices = unsigned(ceil_div(problem.dim, width));
   const int64_t groups = kSegmentThreads >> a.lanes_log2;
-  a.tiles = unsigned((problem.targets.tokens + groups - 1) / groups);
-  a.wide_rows = allows_vectors(problem.rows, problem.dim), a.wide_out = allows_vectors(problem.out, problem.dim);
+  a.tiles = unsigned(ceil_div(problem.targets.tokens, groups));
+  a.wide_rows = allows_quads(problem.rows, problem.dim);
+  a.wide_out = allows_quads(problem.out, problem.dim);
   return a;
 }
 
@@ -31,10 +29,10 @@ dim3 blocks(int64_t count) { return dim3(unsigned(count)); }
 
 const char* run_sums(const Queue& queue, const SegmentArgs& a) {
   const BucketIndexPlan& plan = a.segments.index.plan;
-  const int64_t pieces = (plan.seq + kSegmentPlaces - 1) / kSegmentPlaces;
+  const int64_t pieces = ceil_div(plan.seq, kSegmentPlaces);
   const int64_t warps = plan.batch * plan.heads * plan.num_hashes * pieces * a.slices;
   if (warps == 0 || plan.seq < kSegment) return nullptr;
-  const dim3 grid = blocks((warps + kSegmentWarps - 1) / kSegmentWarps), block = blocks(kSegmentThreads);
+  const dim3 grid = blocks(ceil_div(warps, kSegmentWarps)), block = blocks(kSegmentThreads);
   const char* status = nullptr;
   visit_float(a.problem.rows.dtype,
               [&](auto tag) { status = launch(queue, segment_sums_kernel<decltype(tag)>, grid, block, 0, a); });
@@ -77,7 +75,7 @@ Segments take_segments(Arena& arena, const BucketProblem& p, int64_t prefix_byte
   Segments s = {};
   // The last slot is that of a segment which ends at the last place.
   s.slots = p.sources.tokens / kSegment + 1;
-  s.pitch = (p.dim + kSegmentColumns - 1) / kSegmentColumns * kSegmentColumns;
+  s.pitch = ceil_div(p.dim, kQuad) * kQuad;
   const int64_t item = heads * p.num_hashes * s.slots * s.pitch;
   const int64_t fit = item ? prefix_bytes / (item * int64_t(sizeof(float))) : p.batch;
   const int64_t items = fit < 1 ? 1 : fit < p.batch ? fit : p.batch;

@@ -16,12 +16,6 @@ int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t slices_of(const BucketProblem& p) { return divided_up(p.dim, kSlice); }
 
-/// Whether rows x[b, h, n, :] can be read or written `bytes` at a time.
-bool aligned(const Operand& x, int64_t bytes) {
-  const int64_t steps = (x.stride[0] | x.stride[1] | x.stride[2]) * dtype_bytes(x.dtype);
-  return (steps | int64_t(reinterpret_cast<uintptr_t>(x.data))) % bytes == 0;
-}
-
 /// Blocks for all hashes and `columns` at a time.
 int64_t build_blocks(const TablesArgs& args, int64_t columns) {
   const BucketProblem& p = args.problem;
@@ -42,7 +36,7 @@ const char* run_build(const Queue& queue, TablesArgs args) {
   const int64_t groups = divided_up(p.num_buckets, kOwnBuckets);
   args.group_blocks = divided_up(groups, kBuildWarps);
   args.groups = int(divided_up(groups, args.group_blocks));
-  args.vectors = aligned(p.rows, 16);
+  args.vectors = has_aligned_rows(p.rows, 16);
   // Blocks of more hashes and columns read codes and rows less often, but enough blocks for all multiprocessors come
   // first.
   for (args.hashes = kBuildHashes; args.hashes > 1; --args.hashes)
@@ -78,7 +72,7 @@ const char* run_gather(const Queue& queue, TablesArgs args) {
         gather_cost(args, targets, chunks) < gather_cost(args, targets, args.chunks))
       args.chunks = chunks;
   args.tiles = divided_up(targets, args.chunks * kGatherTargets);
-  args.vectors = aligned(p.out, 4 * dtype_bytes(p.out.dtype));
+  args.vectors = has_aligned_rows(p.out, 4 * dtype_bytes(p.out.dtype));
   const char* status = nullptr;
   visit_float(p.out.dtype, [&](auto tag) {
     using Out = decltype(tag);

@@ -4,15 +4,6 @@
 
 namespace subquad::cuda {
 
-/// The 32 bits from bit `shift` (0 to 31) of high:low on.
-__device__ inline uint32_t bits_from(uint32_t low, uint32_t high, int shift) {
-#if defined(__CUDACC__)
-  return __funnelshift_r(low, high, unsigned(shift));
-#else
-  return uint32_t((uint64_t(high) << 32 | low) >> shift);
-#endif
-}
-
 /// Codes of one token, `stride` apart, as i32 or u16.
 struct CodeColumn {
   void* data;
@@ -105,7 +96,7 @@ struct BitWeave {
     for (int i = 0; i < strings; ++i) {
       const uint32_t* word = source + (s * words + from / 32) * pitch;
       const uint32_t high = from / 32 + 1 < words ? word[pitch] : 0;
-      result |= spread(bits_from(word[0], high, from % 32)) << i;
+      result |= spread(__funnelshift_r(word[0], high, unsigned(from % 32))) << i;
       if (++s == strings) s = 0, ++from;
     }
     at += 32 / strings, string += 32 % strings;

@@ -4,14 +4,12 @@
 namespace subquad::cuda {
 namespace {
 
-/// Parts of an element. The gradient's coefficients need the range of a bfloat16, so there a half is two of them.
-int parts_of(const CollisionAttentionArgs& a, bool backward) {
-  return a.q.dtype == DType::f32 ? 3 : a.q.dtype == DType::f16 && backward ? 2 : 1;
-}
+/// Parts of an element, each a bfloat16: powers of u and coefficients span more than a half does.
+int parts_of(DType dtype) { return dtype == DType::f32 ? 3 : dtype == DType::f16 ? 2 : 1; }
 
 int64_t bytes_for(const CollisionAttentionArgs& a, bool backward) {
   Arena arena = {};
-  take_scratch(arena, a, parts_of(a, backward), backward);
+  take_scratch(arena, a, parts_of(a.q.dtype), backward);
   return with_alignment(arena);
 }
 

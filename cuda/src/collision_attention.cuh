@@ -25,7 +25,6 @@ namespace subquad::cuda {
 /// Shared memory: the factors of two tiles, the stages, the rows of both operands.
 template <class K>
 struct CollisionMemory {
-  using Part = typename K::Part;
   int rows, unit_pitch, partner_pitch;
   int64_t unit_size, partner_size;  // of one part of the rows
 
@@ -38,14 +37,13 @@ struct CollisionMemory {
 
   __device__ __host__ int64_t bytes() const {
     const int64_t elements = K::kStages * K::kStageSize + K::Parts * (unit_size + partner_size);
-    return 2 * K::kColumns * int64_t(sizeof(float)) + elements * int64_t(sizeof(Part));
+    return 2 * K::kColumns * int64_t(sizeof(float)) + elements * int64_t(sizeof(bfloat16));
   }
 };
 
 /// Writes a warp's rows of a result, the first `width` of its 64 * Chunks columns; row[i] is this lane's row or null.
 template <int Chunks, class Y>
-__device__ inline void store_sums(const float (&sums)[Chunks][kChunk / 8][4], Y* const (&row)[2], int64_t width,
-                                  float factor) {
+__device__ inline void store_sums(const float (&sums)[Chunks][kChunk / 8][4], Y* const (&row)[2], int64_t width) {
 #pragma unroll
   for (int chunk = 0; chunk < Chunks; ++chunk) {
 #pragma unroll
@@ -53,7 +51,7 @@ __device__ inline void store_sums(const float (&sums)[Chunks][kChunk / 8][4], Y*
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const int column = chunk * kChunk + 8 * i + lane_id() % 4 * 2 + (c & 1);
-        if (row[c >> 1] && column < width) from_float(sums[chunk][i][c] * factor, row[c >> 1] + column);
+        if (row[c >> 1] && column < width) from_float(sums[chunk][i][c], row[c >> 1] + column);
       }
     }
   }
@@ -62,18 +60,18 @@ __device__ inline void store_sums(const float (&sums)[Chunks][kChunk / 8][4], Y*
 /// Writes partner_sum, zeros in masked rows.
 template <class Y, int Chunks>
 __device__ inline void store_partner_sums(const CollisionPass& p, const RowBlock& block, int64_t first_row,
-                                          float (&sums)[Chunks][kChunk / 8][4], float factor) {
+                                          float (&sums)[Chunks][kChunk / 8][4]) {
   const int64_t column = int64_t(block.slice) * Chunks * kChunk;
   Y* row[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t n = first_row + lane_id() / 4 + 8 * i;
-    row[i] = n < p.row_unit.seq ? row_of<Y>(p.partner_sum, block.batch, block.head, n) + column : nullptr;
+    row[i] = n < p.row_unit.seq ? element<Y>(p.partner_sum, block.batch, block.head, n) + column : nullptr;
     if (!row[i] || is_kept(p.row_mask, block.batch, n)) continue;
 #pragma unroll
     for (int c = 0; c < Chunks * kChunk / 4; ++c) sums[c / 16][c % 16 / 2][2 * i + c % 2] = 0;
   }
-  store_sums(sums, row, p.dim_partner - column, factor);
+  store_sums(sums, row, p.dim_partner - column);
 }
 
 template <int Chunks>
@@ -86,17 +84,17 @@ __device__ inline void store_unit_sums(const CollisionPass& p, const RowBlock& b
     const int64_t n = first_row + lane_id() / 4 + 8 * i, head = block.batch * p.row_unit.heads + block.head;
     row[i] = n < p.row_unit.seq ? p.unit_sum + (head * p.row_unit.seq + n) * width + column : nullptr;
   }
-  store_sums(sums, row, width - column, 1.0f);
+  store_sums(sums, row, width - column);
 }
 
 /// sums += the weights times the columns of a stage, as far as the rows see them.
 template <class K>
 __device__ inline void add_seen_columns(const SeenTile& seen, const Weights<K::Parts, K::kColumns>& weights,
-                                        const typename K::Part* stage, int width, float (&sums)[kChunk / 8][4]) {
+                                        const bfloat16* stage, int width, float (&sums)[kChunk / 8][4]) {
   if (seen.all)
-    add_weighted_columns<typename K::Part, K::Parts, K::kColumns, false>(weights, stage, width, sums);
+    add_weighted_columns<K::Parts, K::kColumns, false>(weights, stage, width, sums);
   else if (seen.any)
-    add_weighted_columns<typename K::Part, K::Parts, K::kColumns, true>(weights, stage, width, sums);
+    add_weighted_columns<K::Parts, K::kColumns, true>(weights, stage, width, sums);
 }
 
 /// What a warp sums over all tiles.
@@ -108,24 +106,21 @@ struct WarpSums {
 /// What a warp knows of its rows.
 template <class K>
 struct WarpRows {
-  using Part = typename K::Part;
   int64_t first;  // token
-  const Part *units, *partners;
+  const bfloat16 *units, *partners;
   int unit_pitch, partner_pitch, unit_size, partner_size;
   float factor[2];
 };
 
 /// products = dot products of whole rows of one operand, and the stage of their last chunk.
 template <class K>
-__device__ inline const typename K::Part* multiply_rows(ColumnStream<K>& stream, const SeenTile& seen,
-                                                        const typename K::Part* rows, int pitch, int part_size,
-                                                        int width, float (&products)[K::kColumns / 8][4]) {
-  const typename K::Part* stage = nullptr;
+__device__ inline const bfloat16* multiply_rows(ColumnStream<K>& stream, const SeenTile& seen, const bfloat16* rows,
+                                                int pitch, int part_size, int width,
+                                                float (&products)[K::kColumns / 8][4]) {
+  const bfloat16* stage = nullptr;
   for (int at = 0; at < width; at += kChunk) {
     stage = stream.next();
-    if (seen.any)
-      add_row_products<typename K::Part, K::Parts, K::kColumns>(rows + at, pitch, part_size, stage, width - at,
-                                                                products);
+    if (seen.any) add_row_products<K::Parts, K::kColumns>(rows + at, pitch, part_size, stage, width - at, products);
   }
   return stage;
 }
@@ -146,19 +141,18 @@ __device__ inline void add_chunks(ColumnStream<K>& stream, const SeenTile& seen,
 template <class K>
 __device__ inline void visit_tile(const CollisionPass& p, ColumnStream<K>& stream, const WarpRows<K>& rows,
                                   const SeenTile& seen, const float* column_factor, int slice, WarpSums<K>& sums) {
-  using Part = typename K::Part;
   constexpr int kColumns = K::kColumns;
   const int unit_width = p.column_unit.width, partner_width = p.column_partner.width;
   float units[kColumns / 8][4] = {};
   Weights<K::Parts, kColumns> weights;
-  const Part* stage = multiply_rows(stream, seen, rows.units, rows.unit_pitch, rows.unit_size, unit_width, units);
+  const bfloat16* stage = multiply_rows(stream, seen, rows.units, rows.unit_pitch, rows.unit_size, unit_width, units);
   if constexpr (K::Gradient) {
     float partners[kColumns / 8][4] = {};
-    const Part* const unit_stage = stage;
+    const bfloat16* const unit_stage = stage;
     stage = multiply_rows(stream, seen, rows.partners, rows.partner_pitch, rows.partner_size, partner_width, partners);
     if (seen.any) to_coefficients<kColumns>(units, partners, rows.factor, column_factor, p.hash_bits, p.exact);
     if (!seen.all) clear_unseen<kColumns>(seen, partners);
-    split_weights<Part, K::Parts, kColumns>(partners, weights);
+    split_weights<K::Parts, kColumns>(partners, weights);
     if constexpr (K::kReload)
       add_chunks<K>(stream, seen, weights, unit_width - slice * K::Chunks * kChunk, sums.unit);
     else
@@ -168,8 +162,7 @@ __device__ inline void visit_tile(const CollisionPass& p, ColumnStream<K>& strea
   }
   if constexpr (K::Sum) {
     if (!seen.all) clear_unseen<kColumns>(seen, units);
-    scale_weights<Part>(units);
-    split_weights<Part, K::Parts, kColumns>(units, weights);
+    split_weights<K::Parts, kColumns>(units, weights);
     if constexpr (K::Gradient)
       add_seen_columns<K>(seen, weights, stage, partner_width, sums.partner[0]);
     else
@@ -180,11 +173,10 @@ __device__ inline void visit_tile(const CollisionPass& p, ColumnStream<K>& strea
 /// Begins to copy the block's rows and returns what this warp needs of them.
 template <class K>
 __device__ inline WarpRows<K> copy_block_rows(const CollisionPass& p, const RowBlock& block,
-                                              const CollisionMemory<K>& memory, typename K::Part* units) {
-  using Part = typename K::Part;
+                                              const CollisionMemory<K>& memory, bfloat16* units) {
   const int64_t head = block.batch * p.row_unit.heads + block.head;
   const int before = warp_id() * kWarpRows;
-  Part* const partners = units + K::Parts * memory.unit_size;
+  bfloat16* const partners = units + K::Parts * memory.unit_size;
   WarpRows<K> rows = {block.first + before,
                       units + before * memory.unit_pitch,
                       partners + before * memory.partner_pitch,
@@ -194,9 +186,9 @@ __device__ inline WarpRows<K> copy_block_rows(const CollisionPass& p, const RowB
                       int(memory.partner_size),
                       {}};
   const int64_t row = head * p.row_unit.seq + block.first, present = p.row_unit.seq - block.first;
-  copy_rows_async<Part, K::Parts>(p.row_unit, row, present, memory.rows, units, memory.unit_pitch);
+  copy_rows_async<K::Parts>(p.row_unit, row, present, memory.rows, units, memory.unit_pitch);
   if constexpr (K::Gradient)
-    copy_rows_async<Part, K::Parts>(p.row_partner, row, present, memory.rows, partners, memory.partner_pitch);
+    copy_rows_async<K::Parts>(p.row_partner, row, present, memory.rows, partners, memory.partner_pitch);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t n = rows.first + lane_id() / 4 + 8 * i;
@@ -208,11 +200,10 @@ __device__ inline WarpRows<K> copy_block_rows(const CollisionPass& p, const RowB
 template <class K>
 __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
     collision_kernel(const __grid_constant__ CollisionPass p, int slices) {
-  using Part = typename K::Part;
   constexpr int kColumns = K::kColumns;
   const CollisionMemory<K> memory(p, int(blockDim.x) / kWarp);
   float* const factors = dynamic_shared<float>();
-  Part* const stages = reinterpret_cast<Part*>(factors + 2 * kColumns);
+  bfloat16* const stages = reinterpret_cast<bfloat16*>(factors + 2 * kColumns);
   const RowBlock block = row_block(p, K::Chunks == 1 ? 1 : slices);
   const WarpRows<K> rows = copy_block_rows<K>(p, block, memory, stages + K::kStages * K::kStageSize);
   const TileRange tiles = tiles_of<kColumns>(p, block, memory.rows);
@@ -233,10 +224,9 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
   copy_async_wait<0>();
   if constexpr (K::Gradient) store_unit_sums(p, block, rows.first, sums.unit);
   if constexpr (K::Sum) {
-    const float factor = 1.0f / weight_scale(Part{});
-    if (p.partner_sum.dtype == DType::f32) store_partner_sums<float>(p, block, rows.first, sums.partner, factor);
-    if (p.partner_sum.dtype == DType::f16) store_partner_sums<half>(p, block, rows.first, sums.partner, factor);
-    if (p.partner_sum.dtype == DType::bf16) store_partner_sums<bfloat16>(p, block, rows.first, sums.partner, factor);
+    if (p.partner_sum.dtype == DType::f32) store_partner_sums<float>(p, block, rows.first, sums.partner);
+    if (p.partner_sum.dtype == DType::f16) store_partner_sums<half>(p, block, rows.first, sums.partner);
+    if (p.partner_sum.dtype == DType::bf16) store_partner_sums<bfloat16>(p, block, rows.first, sums.partner);
   }
 }
 

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kSplitThreads)
   if (row >= g.batch * g.heads * g.seq) return;
   const int64_t n = row % g.seq, h = row / g.seq % g.heads, b = row / g.seq / g.heads;
   WarpRow<Count> x = {}, gradient = {};
-  if (is_kept(g.mask, b, n)) x = load_row<Count>(row_of<const X>(g.x, b, h, n), g.dim);
+  if (is_kept(g.mask, b, n)) x = load_row<Count>(element<const X>(g.x, b, h, n), g.dim);
   const Length length = measure_row(x);
   if (length.significand != 0) {
     gradient = load_row<Count>(g.sum + row * g.width, g.dim);
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kSplitThreads)
       gradient.value[i] = times_power(across / length.significand, -length.exponent);
     }
   }
-  store_row(gradient, row_of<X>(g.dx, b, h, n), g.dim);
+  store_row(gradient, element<X>(g.dx, b, h, n), g.dim);
 }
 
 }  // namespace subquad::cuda

@@ -49,7 +49,7 @@ static inline dim3 grid_of_rows(int64_t rows) {
 }
 
 /// Splits q, k and v, and dout where `s` has room for it.
-template <class Part, int Parts>
+template <int Parts>
 const char* split_operands(const Queue& queue, const CollisionAttentionArgs& a, const CollisionScratch& s) {
   SplitTasks tasks = {{{a.q, a.query_mask, s.q, a.dim_qk},
                        {a.k, a.key_mask, s.k, a.dim_qk},
@@ -61,17 +61,18 @@ const char* split_operands(const Queue& queue, const CollisionAttentionArgs& a, 
   if (grid.x == 0) return nullptr;
   grid.y = s.dout.width ? 4 : 3;
   const bool narrow = s.q.width <= 64 && s.v.width <= 64;
-  const auto kernel = narrow ? split_rows_kernel<2, Part, Parts> : split_rows_kernel<8, Part, Parts>;
+  const auto kernel = narrow ? split_rows_kernel<2, Parts> : split_rows_kernel<8, Parts>;
   return launch(queue, kernel, grid, dim3(kSplitThreads), 0, tasks);
 }
 
-// Fits the shared memory of every device from 8.0 on that has 163 KiB of it.
+// Shared memory of a block, within what devices of version 8.0 have. Where there is less, blocks have fewer rows.
 static constexpr int64_t kMostShared = 160 * 1024;
 
 template <class K>
 const char* launch_pass(const Queue& queue, const CollisionPass& p) {
+  const int64_t available = most_shared_bytes(queue), most = available < kMostShared ? available : kMostShared;
   int warps = K::kThreads / kWarp;
-  while (CollisionMemory<K>(p, warps).bytes() > kMostShared) warps /= 2;
+  while (warps > 1 && CollisionMemory<K>(p, warps).bytes() > most) warps /= 2;
   const int64_t rows = warps * kWarpRows, blocks = (p.row_unit.seq + rows - 1) / rows;
   const int chunks = chunks_of(K::Gradient ? p.column_unit.width : p.column_partner.width);
   const int slices = (chunks + K::Chunks - 1) / K::Chunks;
@@ -82,20 +83,20 @@ const char* launch_pass(const Queue& queue, const CollisionPass& p) {
 }
 
 /// partner_sum alone.
-template <class Part, int Parts>
+template <int Parts>
 const char* run_sum_pass(const Queue& queue, const CollisionPass& p) {
-  if (p.column_partner.width <= kChunk) return launch_pass<CollisionKernel<Part, Parts, 1, false, true>>(queue, p);
-  return launch_pass<CollisionKernel<Part, Parts, 2, false, true>>(queue, p);
+  if (p.column_partner.width <= kChunk) return launch_pass<CollisionKernel<Parts, 1, false, true>>(queue, p);
+  return launch_pass<CollisionKernel<Parts, 2, false, true>>(queue, p);
 }
 
 /// unit_sum, and partner_sum where it is wanted.
-template <class Part, int Parts>
+template <int Parts>
 const char* run_gradient_pass(const Queue& queue, const CollisionPass& p) {
   const bool narrow = p.column_unit.width <= kChunk && p.column_partner.width <= kChunk;
-  if (narrow && p.partner_sum.data) return launch_pass<CollisionKernel<Part, Parts, 1, true, true>>(queue, p);
-  if (narrow) return launch_pass<CollisionKernel<Part, Parts, 1, true, false>>(queue, p);
-  if (const char* error = launch_pass<CollisionKernel<Part, Parts, 2, true, false>>(queue, p)) return error;
-  return p.partner_sum.data ? run_sum_pass<Part, Parts>(queue, p) : nullptr;
+  if (narrow && p.partner_sum.data) return launch_pass<CollisionKernel<Parts, 1, true, true>>(queue, p);
+  if (narrow) return launch_pass<CollisionKernel<Parts, 1, true, false>>(queue, p);
+  if (const char* error = launch_pass<CollisionKernel<Parts, 2, true, false>>(queue, p)) return error;
+  return p.partner_sum.data ? run_sum_pass<Parts>(queue, p) : nullptr;
 }
 
 static inline CollisionPass query_rows(const CollisionAttentionArgs& a, const CollisionScratch& s) {
@@ -114,23 +115,23 @@ const char* run_gradient(const Queue& queue, const CollisionGradient& g) {
   return launch(queue, kernel, grid, dim3(kSplitThreads), 0, g);
 }
 
-template <class Part, int Parts>
+template <int Parts>
 const char* run_forward(const Queue& queue, const CollisionAttentionArgs& a, void* workspace) {
   Arena arena = arena_at(workspace);
   const CollisionScratch s = take_scratch(arena, a, Parts, false);
-  if (const char* error = split_operands<Part, Parts>(queue, a, s)) return error;
-  return run_sum_pass<Part, Parts>(queue, query_rows(a, s));
+  if (const char* error = split_operands<Parts>(queue, a, s)) return error;
+  return run_sum_pass<Parts>(queue, query_rows(a, s));
 }
 
-template <class X, class Part, int Parts>
+template <class X, int Parts>
 const char* run_backward(const Queue& queue, const CollisionAttentionArgs& a, void* workspace) {
   Arena arena = arena_at(workspace);
   const CollisionScratch s = take_scratch(arena, a, Parts, true);
-  if (const char* error = split_operands<Part, Parts>(queue, a, s)) return error;
+  if (const char* error = split_operands<Parts>(queue, a, s)) return error;
 
   CollisionPass queries = query_rows(a, s);
   queries.row_partner = s.dout, queries.unit_sum = s.unit_sum, queries.partner_sum = {};
-  if (const char* error = run_gradient_pass<Part, Parts>(queue, queries)) return error;
+  if (const char* error = run_gradient_pass<Parts>(queue, queries)) return error;
   const CollisionGradient dq = {a.q, a.query_mask, a.dq, s.unit_sum, a.batch, a.heads_q, a.seq_q, a.dim_qk, s.q.width};
   if (const char* error = run_gradient<X>(queue, dq)) return error;
 
@@ -138,7 +139,7 @@ const char* run_backward(const Queue& queue, const CollisionAttentionArgs& a, vo
   keys.rows_are_keys = true;
   keys.row_unit = s.k, keys.row_partner = s.v, keys.column_unit = s.q, keys.column_partner = s.dout;
   keys.row_mask = a.key_mask, keys.partner_sum = a.dv;
-  if (const char* error = run_gradient_pass<Part, Parts>(queue, keys)) return error;
+  if (const char* error = run_gradient_pass<Parts>(queue, keys)) return error;
   const CollisionGradient dk = {a.k, a.key_mask, a.dk, s.unit_sum, a.batch, a.heads_kv, a.seq_k, a.dim_qk, s.k.width};
   return run_gradient<X>(queue, dk);
 }

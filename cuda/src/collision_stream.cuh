@@ -14,9 +14,8 @@ struct CollisionPass {
 };
 
 /// What an instance of the kernel computes, and the sizes that follow.
-template <class PartOf, int PartsOf, int ChunksOf, bool GradientOf, bool SumOf>
+template <int PartsOf, int ChunksOf, bool GradientOf, bool SumOf>
 struct CollisionKernel {
-  using Part = PartOf;
   static constexpr int Parts = PartsOf, Chunks = ChunksOf;
   static constexpr bool Gradient = GradientOf, Sum = SumOf;
   // More rows share the columns of a block where registers allow 12 or 16 warps an SM.
@@ -103,9 +102,7 @@ __device__ inline TileRange tiles_of(const CollisionPass& p, const RowBlock& blo
 template <class K>
 class ColumnStream {
  public:
-  using Part = typename K::Part;
-
-  __device__ ColumnStream(const CollisionPass& p, int slice, const TileRange& tiles, Part* stages, float* factors)
+  __device__ ColumnStream(const CollisionPass& p, int slice, const TileRange& tiles, bfloat16* stages, float* factors)
       : p_(p), tiles_(tiles), stages_(stages), factors_(factors), head_(tiles.head_begin), tile_(tiles.begin) {
     // One chunk of results is all of them: known here, it saves registers.
     unit_chunks_ = K::Gradient && K::Chunks == 1 ? 1 : chunks_of(p.column_unit.width);
@@ -125,7 +122,7 @@ class ColumnStream {
                         : again             ? slice_ + job_ - unit_chunks_ - partner_chunks_
                                             : job_ - unit_chunks_ + (K::Gradient ? 0 : slice_);
       const int64_t first = int64_t(tile_) * K::kColumns, left = p_.column_unit.seq - first;
-      copy_columns_async<Part, K::Parts, K::kColumns>(
+      copy_columns_async<K::Parts, K::kColumns>(
           unit ? p_.column_unit : p_.column_partner, head_ * p_.column_unit.seq + first,
           left < K::kColumns ? int(left) : K::kColumns, chunk, stages_ + (issued_ & (K::kStages - 1)) * K::kStageSize);
       if (job_ == 0) copy_factors(first, left);
@@ -139,7 +136,7 @@ class ColumnStream {
   }
 
   /// Waits for the next chunk and returns its stage, which stays for one more call of next().
-  __device__ const Part* next() {
+  __device__ const bfloat16* next() {
     copy_async_wait<1>();
     __syncthreads();
     issue();
@@ -159,7 +156,7 @@ class ColumnStream {
 
   const CollisionPass& p_;
   const TileRange tiles_;
-  Part* stages_;
+  bfloat16* stages_;
   float* factors_;
   int head_, tile_, unit_chunks_, partner_chunks_, slice_, jobs_;
   int job_ = 0, parity_ = 0, issued_ = 0;

@@ -69,18 +69,6 @@ __device__ inline void to_coefficients(float (&units)[Columns / 8][4], float (&p
   }
 }
 
-// A half spans less than the powers of u do, so its weights are multiplied by what keeps 1 within its range.
-__device__ inline float weight_scale(half) { return 32768.0f; }
-__device__ inline float weight_scale(bfloat16) { return 1.0f; }
-
-template <class Part, int Count>
-__device__ inline void scale_weights(float (&weight)[Count][4]) {
-#pragma unroll
-  for (int i = 0; i < Count; ++i)
-#pragma unroll
-    for (int c = 0; c < 4; ++c) weight[i][c] *= weight_scale(Part{});
-}
-
 /// Zeros where a row does not see a column.
 template <int Columns>
 __device__ inline void clear_unseen(const SeenTile& seen, float (&weight)[Columns / 8][4]) {

@@ -5,31 +5,28 @@
 namespace subquad::cuda {
 namespace {
 
-/// True if rows of the array can be read and written four elements at a time.
-bool is_wide(const Operand& x, int64_t dim) {
-  const int64_t bytes = dtype_bytes(x.dtype);
-  bool aligned = dim % kQuad == 0 && reinterpret_cast<uintptr_t>(x.data) % uintptr_t(kQuad * bytes) == 0;
-  for (int i = 0; i < 3; ++i) aligned &= x.stride[i] % kQuad == 0;
-  return aligned;
+/// Whether rows can be read or written four elements at a time.
+bool allows_quads(const Operand& x, int64_t dim) {
+  return dim % kQuad == 0 && has_aligned_rows(x, kQuad * dtype_bytes(x.dtype));
 }
 
 using Kernel = void (*)(L2NormalizeArgs);
 
 const char* launch_rows(const Queue& queue, const L2NormalizeArgs& args, Kernel kernel, int team) {
-  const int64_t rows = args.batch * args.heads * args.seq, rows_a_block = kNormalizeThreads / team;
-  const dim3 grid(unsigned((rows + rows_a_block - 1) / rows_a_block));
+  const dim3 grid(unsigned(ceil_div(args.batch * args.heads * args.seq, kNormalizeThreads / team)));
   return launch(queue, kernel, grid, dim3(kNormalizeThreads), 0, args);
 }
 
 const char* run_forward(const Queue& queue, const L2NormalizeArgs& args, void*) {
-  const bool wide = is_wide(args.x, args.dim) && is_wide(args.y, args.dim);
+  const bool wide = allows_quads(args.x, args.dim) && allows_quads(args.y, args.dim);
   if (args.dim > 64)
     return launch_rows(queue, args, wide ? l2_normalize_kernel<32, true> : l2_normalize_kernel<32, false>, 32);
   return launch_rows(queue, args, wide ? l2_normalize_kernel<8, true> : l2_normalize_kernel<8, false>, 8);
 }
 
 const char* run_backward(const Queue& queue, const L2NormalizeArgs& args, void*) {
-  const bool wide = is_wide(args.dy, args.dim) && is_wide(args.y, args.dim) && is_wide(args.dx, args.dim);
+  const bool wide =
+      allows_quads(args.dy, args.dim) && allows_quads(args.y, args.dim) && allows_quads(args.dx, args.dim);
   if (args.dim > 64)
     return launch_rows(queue, args, wide ? l2_normalize_bwd_kernel<32, true> : l2_normalize_bwd_kernel<32, false>, 32);
   return launch_rows(queue, args, wide ? l2_normalize_bwd_kernel<8, true> : l2_normalize_bwd_kernel<8, false>, 8);

@@ -1,6 +1,7 @@
 /// What both forms of hashing share: tiles of tokens, and where their codes go.
 #pragma once
 #include "code_stream.cuh"
+#include "device/arithmetic.cuh"
 #include "device/load_store.cuh"
 #include "ops/lsh_hash_args.h"
 
@@ -12,19 +13,11 @@ struct HashTile {
   int count;
 };
 
-static inline SUBQUAD_HD int64_t hash_tiles_a_head(const LshHashArgs& args, int tokens) {
-  return (args.seq + tokens - 1) / tokens;
-}
-
-static inline SUBQUAD_HD int64_t hash_tiles(const LshHashArgs& args, int tokens) {
-  return args.batch * args.heads * hash_tiles_a_head(args, tokens);
-}
-
 /// The tile of this block; `before` tiles belong to earlier launches.
 __device__ inline HashTile hash_tile(const LshHashArgs& args, int64_t before, int tokens) {
-  const int64_t index = before + blockIdx.x, a_head = hash_tiles_a_head(args, tokens), head = index / a_head;
-  const int64_t first = (index - head * a_head) * tokens, left = args.seq - first;
-  return {head / args.heads, head % args.heads, first, int(left < tokens ? left : tokens)};
+  const Quotient tile = divide(before + blockIdx.x, ceil_div(args.seq, tokens)), head = divide(tile.whole, args.heads);
+  const int64_t first = tile.rest * tokens, left = args.seq - first;
+  return {head.whole, head.rest, first, int(left < tokens ? left : tokens)};
 }
 
 __device__ inline int64_t plane_head_of(const LshHashArgs& args, const HashTile& tile) {

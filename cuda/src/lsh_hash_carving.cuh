@@ -63,7 +63,7 @@ __device__ inline void carve(const LshHashArgs& args, const BitSpread& spread, c
   const Carver carver = {args, group, group.words + token, Shape::kTokens, Shape::kWords, codes_of(args, tile, token)};
   if (!args.strided)
     carver.carve_published(part, kSplit);
-  else if (args.parts <= Shape::kGroup)
+  else if (args.parts == group.capacity)
     carver.carve_strided(spread, int32_t(int64_t(args.num_hashes) * part / kSplit),
                          int32_t(int64_t(args.num_hashes) * (part + 1) / kSplit));
   else if (part == 0)
@@ -78,17 +78,17 @@ constexpr bool kMayNeedRescue<half> = false;
 
 template <int kCount, int kSplit, class T>
 __global__ void __launch_bounds__(kHadamardThreads, kCount == 64 ? 4 : 2)
-    hadamard_kernel(const __grid_constant__ LshHashArgs args, const __grid_constant__ BitSpread spread,
+    hadamard_kernel(const __grid_constant__ LshHashArgs args, const __grid_constant__ BitSpread spread, int capacity,
                     int64_t tiles_before) {
   using Shape = HadamardShape<kCount, kSplit>;
   constexpr int kTokensAWarp = kWarp / kSplit;
   const int token = warp_id() * kTokensAWarp + lane_id() % kTokensAWarp, part = lane_id() / kTokensAWarp;
   const HashTile tile = hash_tile(args, tiles_before, Shape::kTokens);
-  HadamardGroup group = Shape::lay_out(dynamic_shared<float>(), args.parts);
+  HadamardGroup group = Shape::lay_out(dynamic_shared<float>(), capacity);
   stage_rows<Shape, T>(args, tile, group.rows);
-  for (group.first = 0; group.first < args.parts; group.first += Shape::kGroup) {
+  for (group.first = 0; group.first < args.parts; group.first += capacity) {
     const int left = args.parts - group.first;
-    group.count = left < Shape::kGroup ? left : Shape::kGroup;
+    group.count = left < capacity ? left : capacity;
     make_factors<Shape, kCount>(args, tile, group);
     __syncthreads();
     for (int i = 0; i < group.count; ++i) transform_row<kCount, kSplit, kMayNeedRescue<T>>(group, i, token, part);

@@ -7,8 +7,9 @@
 /// bits of y > 0; its 192 factors are broadcast from shared memory. At (16, 8) and D = 64 in bf16 the compiled kernel
 /// executes about 3700 instructions a token: 29 cycles of an SM for each, beside 17 of its shared memory and 160 bytes
 /// of DRAM (6 cycles), so the instruction rate bounds it; 80 % of that is 36 cycles.
-/// Shared memory: the rows as floats, (D2 + 4) * 512 bytes (half of it for D2 = 256); of up to 2048 / D2 transforms the
-/// factors, 12 bytes a coordinate, and the sign words, 4 bytes a token and 32 coordinates: 38 KiB for (16, 8), D = 64.
+/// Shared memory: the rows as floats, (D2 + 4) * 512 bytes (half of it for D2 = 256); of up to 2048 / D2 transforms, or
+/// as many as the device has room for, the factors, 12 bytes a coordinate, and the sign words, 4 bytes a token and 32
+/// coordinates: 38 KiB for (16, 8), D = 64.
 #pragma once
 #include "code_stream.cuh"
 #include "lsh_hash.cuh"
@@ -16,7 +17,7 @@
 namespace subquad::cuda {
 
 static constexpr int kHadamardThreads = 128;
-/// Coordinates of the transforms that are in shared memory at once.
+/// Coordinates of the most transforms that are in shared memory at once.
 static constexpr int kHadamardGroup = 2048;
 
 /// The shared memory of a block, for transforms first ... first + count - 1.
@@ -25,7 +26,7 @@ struct HadamardGroup {
   float* factors;   // [count][3][padded] in the order of their use
   float* last;      // [count][4], per thread of a token: the sign that its coordinates carry at the end
   uint32_t* words;  // [count][padded / 32][tokens], the bits y > 0
-  int first, count;
+  int first, count, capacity;
 };
 
 /// kCount coordinates a thread, kSplit threads a token.
@@ -36,18 +37,22 @@ struct HadamardShape {
   // Rows begin 16 bytes apart modulo 128: eight threads reading 16 bytes each of their own rows touch all banks once.
   static constexpr int kPitch = kPadded + 4;
   static constexpr int kWords = kPadded / 32;
-  static constexpr int kGroup = kHadamardGroup / kPadded;
+  static constexpr int kRowBytes = 4 * kTokens * kPitch, kTransformBytes = 4 * (3 * kPadded + 4 + kWords * kTokens);
 
-  static SUBQUAD_HD int group_of(int parts) { return parts < kGroup ? parts : kGroup; }
-  static size_t shared_bytes(int parts) {
-    return 4 * size_t(kTokens * kPitch + group_of(parts) * (3 * kPadded + 4 + kWords * kTokens));
+  /// Transforms that are in shared memory at once.
+  static int capacity(int parts, int64_t most_shared) {
+    constexpr int kMost = kHadamardGroup / kPadded;
+    const int64_t fit = (most_shared - kRowBytes) / kTransformBytes, most = fit < 1 ? 1 : fit < kMost ? fit : kMost;
+    return parts < most ? parts : int(most);
   }
-  static __device__ HadamardGroup lay_out(float* shared, int parts) {
+  static size_t shared_bytes(int capacity) { return size_t(kRowBytes + capacity * kTransformBytes); }
+  static __device__ HadamardGroup lay_out(float* shared, int capacity) {
     HadamardGroup group = {};
     group.rows = shared;
     group.factors = group.rows + kTokens * kPitch;
-    group.last = group.factors + group_of(parts) * 3 * kPadded;
-    group.words = reinterpret_cast<uint32_t*>(group.last + group_of(parts) * 4);
+    group.last = group.factors + capacity * 3 * kPadded;
+    group.words = reinterpret_cast<uint32_t*>(group.last + capacity * 4);
+    group.capacity = capacity;
     return group;
   }
 };
@@ -215,7 +220,7 @@ __device__ inline void transform_row(const HadamardGroup& group, int transform, 
     uint32_t word = 0;
     // Adding 0 turns -0 into 0, so the sign bit of -y is the bit y > 0.
 #pragma unroll
-    for (int i = 31; i >= 0; --i) word = bits_from(float_to_bits(fmaf(last, a[32 * w + i], 0.0f)), word, 31);
+    for (int i = 31; i >= 0; --i) word = __funnelshift_r(float_to_bits(fmaf(last, a[32 * w + i], 0.0f)), word, 31);
     // Infinities and NaN have spread to all coordinates as NaN, whose bits are 0.
     if (a[0] != a[0]) word = 0;
     group.words[(transform * Shape::kWords + part * (kCount / 32) + w) * Shape::kTokens + token] = word;

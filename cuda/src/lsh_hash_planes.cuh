@@ -232,7 +232,8 @@ __device__ inline void project(float (&sums)[4][4][4], const PlaneTile& shared, 
   }
 }
 
-/// The words of the warp's 64 tokens: four lanes have a byte each of a token's word.
+/// The words of the warp's 64 tokens: four lanes have a byte each of a token's word. Its bits are the sign bits of
+/// 0 - sum, which mean nothing for NaN; but those are irregular.
 __device__ inline void store_words(const float (&sums)[4][4][4], uint32_t* words) {
   const int group = lane_id() / 4, member = lane_id() % 4;
 #pragma unroll
@@ -240,9 +241,9 @@ __device__ inline void store_words(const float (&sums)[4][4][4], uint32_t* words
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       uint32_t bits = 0;
-    // The sign bit of 0 - sum; it means nothing for NaN, but those are irregular.
 #pragma unroll
-      for (int i = 7; i >= 0; --i) bits = bits_from(float_to_bits(0.0f - sums[m][i / 2][2 * row + i % 2]), bits, 31);
+      for (int i = 7; i >= 0; --i)
+        bits = __funnelshift_r(float_to_bits(0.0f - sums[m][i / 2][2 * row + i % 2]), bits, 31);
       reinterpret_cast<uint8_t*>(words + 16 * m + 8 * row + group)[member] = uint8_t(bits);
     }
 }

@@ -26,10 +26,10 @@ __device__ __host__ inline int pitch_of_rows(int width) { return width + 8; }
 
 /// Begins to copy whole rows, from row `row` of the operand on, to `shared` [part][rows][pitch]; those behind the first
 /// `present` become zeros. All threads of the block.
-template <class Part, int Parts>
-__device__ inline void copy_rows_async(const SplitRows& from, int64_t row, int64_t present, int rows, Part* shared,
+template <int Parts>
+__device__ inline void copy_rows_async(const SplitRows& from, int64_t row, int64_t present, int rows, bfloat16* shared,
                                        int pitch) {
-  const Part* source = static_cast<const Part*>(from.data) + row * Parts * from.width;
+  const bfloat16* source = static_cast<const bfloat16*>(from.data) + row * Parts * from.width;
   const int units = from.width / 8;
   for (int i = int(threadIdx.x); i < Parts * rows * units; i += int(blockDim.x)) {
     const int unit = i % units, r = i / units % rows, part = i / units / rows;
@@ -40,14 +40,14 @@ __device__ inline void copy_rows_async(const SplitRows& from, int64_t row, int64
 }
 
 /// Begins to copy a chunk of Columns rows to a stage, likewise: 8 threads a row.
-template <class Part, int Parts, int Columns>
-__device__ inline void copy_columns_async(const SplitRows& from, int64_t row, int present, int chunk, Part* stage) {
+template <int Parts, int Columns>
+__device__ inline void copy_columns_async(const SplitRows& from, int64_t row, int present, int chunk, bfloat16* stage) {
   const int unit = int(threadIdx.x) % 8 * 8, column = chunk * kChunk + unit, step = int(blockDim.x) / 8;
   if (column >= from.width) return;
   int r = int(threadIdx.x) / 8;
   // Behind the rows that exist the address is one that is not read.
-  const Part* source = static_cast<const Part*>(from.data) + (row + r) * Parts * from.width + column;
-  Part* to = stage + r * kChunkPitch + unit;
+  const bfloat16* source = static_cast<const bfloat16*>(from.data) + (row + r) * Parts * from.width + column;
+  bfloat16* to = stage + r * kChunkPitch + unit;
   for (; r < Columns; r += step, source += step * Parts * from.width, to += step * kChunkPitch)
 #pragma unroll
     for (int part = 0; part < Parts; ++part)
@@ -56,17 +56,17 @@ __device__ inline void copy_columns_async(const SplitRows& from, int64_t row, in
 
 /// sum += the product of a [16, 16] and b [16, 8]. Several parts are summed among themselves first, so that the sum
 /// itself is rounded to nearest and not as tensor cores round.
-template <class Part, int Parts>
+template <int Parts>
 __device__ inline void add_product(const uint32_t (&a)[Parts][4], const uint32_t (&b)[Parts][2], float (&sum)[4]) {
   if constexpr (Parts == 1) {
-    mma_m16n8k16(sum, a[0], b[0], Part{});
+    mma_m16n8k16(sum, a[0], b[0], bfloat16{});
   } else {
     float piece[4] = {};
 #pragma unroll
     for (int total = 2; total >= 0; --total)
 #pragma unroll
       for (int i = 0; i < Parts; ++i)
-        if (total - i >= 0 && total - i < Parts) mma_m16n8k16(piece, a[i], b[total - i], Part{});
+        if (total - i >= 0 && total - i < Parts) mma_m16n8k16(piece, a[i], b[total - i], bfloat16{});
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[i] += piece[i];
   }
@@ -74,9 +74,9 @@ __device__ inline void add_product(const uint32_t (&a)[Parts][4], const uint32_t
 
 /// products += the first `depth` elements of a chunk of the warp's rows and of a stage. `rows` is the chunk's first
 /// element of the first row of the warp, [part][...][pitch] with parts `part_size` apart.
-template <class Part, int Parts, int Columns>
-__device__ inline void add_row_products(const Part* rows, int pitch, int part_size, const Part* stage, int depth,
-                                        float (&products)[Columns / 8][4]) {
+template <int Parts, int Columns>
+__device__ inline void add_row_products(const bfloat16* rows, int pitch, int part_size, const bfloat16* stage,
+                                        int depth, float (&products)[Columns / 8][4]) {
   const int lane = lane_id();
   rows += (lane & 15) * pitch + (lane >> 4) * 8;
   stage += ((lane >> 4) * 8 + (lane & 7)) * kChunkPitch + (lane >> 3 & 1) * 8;
@@ -95,8 +95,8 @@ __device__ inline void add_row_products(const Part* rows, int pitch, int part_si
         ldmatrix_x4<false>(loaded, stage + (part * Columns + column) * kChunkPitch + step);
         b[0][part][0] = loaded[0], b[0][part][1] = loaded[1], b[1][part][0] = loaded[2], b[1][part][1] = loaded[3];
       }
-      add_product<Part, Parts>(a, b[0], products[column / 8]);
-      add_product<Part, Parts>(a, b[1], products[column / 8 + 1]);
+      add_product<Parts>(a, b[0], products[column / 8]);
+      add_product<Parts>(a, b[1], products[column / 8 + 1]);
     }
   }
 }
@@ -114,45 +114,34 @@ __device__ inline void split_pair(float low, float high, uint32_t (&parts)[Parts
   }
 }
 
-__device__ inline void split_pair(float low, float high, uint32_t (&parts)[1], half) {
-  parts[0] = pack(low, high, half{});
-}
-
-template <class Part, int Parts, int Columns>
+template <int Parts, int Columns>
 __device__ inline void split_weights(const float (&weight)[Columns / 8][4], Weights<Parts, Columns>& weights) {
 #pragma unroll
   for (int i = 0; i < Columns / 8; ++i) {
 #pragma unroll
     for (int half_of_rows = 0; half_of_rows < 2; ++half_of_rows) {
       uint32_t parts[Parts];
-      split_pair(weight[i][2 * half_of_rows], weight[i][2 * half_of_rows + 1], parts, Part{});
+      split_pair(weight[i][2 * half_of_rows], weight[i][2 * half_of_rows + 1], parts, bfloat16{});
 #pragma unroll
       for (int part = 0; part < Parts; ++part) weights[i / 2][part][half_of_rows + i % 2 * 2] = parts[part];
     }
   }
 }
 
-/// Bits of the exponent, and 1, in both halves of a pair.
-__device__ inline uint32_t exponents_of(bfloat16) { return 0x7f807f80u; }
-__device__ inline uint32_t exponents_of(half) { return 0x7c007c00u; }
-__device__ inline uint32_t ones_of(bfloat16) { return 0x3f803f80u; }
-__device__ inline uint32_t ones_of(half) { return 0x3c003c00u; }
-
 /// The halves of a pair that are infinite or NaN become 0; returns 1 in their places and 0 elsewhere.
-template <class Part>
 __device__ inline uint32_t take_non_finite(uint32_t& pair) {
-  const uint32_t exponents = exponents_of(Part{});
+  constexpr uint32_t exponents = 0x7f807f80u, ones = 0x3f803f80u;
   const uint32_t low = (~pair & exponents & 0xffffu) ? 0 : 0xffffu;
   const uint32_t high = (~pair & exponents & 0xffff0000u) ? 0 : 0xffff0000u;
   pair &= ~(low | high);
-  return (low | high) & ones_of(Part{});
+  return (low | high) & ones;
 }
 
 /// sums[r, d] += sum_c weight[r, c] column_c[d] over the columns of a stage and the first `width` elements. Partly:
 /// weights that are 0 belong to columns that the row does not see, and what such a column holds, NaN and infinity
 /// included, has no effect on the row; for one that it sees they give NaN.
-template <class Part, int Parts, int Columns, bool Partly>
-__device__ inline void add_weighted_columns(const Weights<Parts, Columns>& weights, const Part* stage, int width,
+template <int Parts, int Columns, bool Partly>
+__device__ inline void add_weighted_columns(const Weights<Parts, Columns>& weights, const bfloat16* stage, int width,
                                             float (&sums)[kChunk / 8][4]) {
   const int lane = lane_id();
   stage += (lane & 15) * kChunkPitch + (lane >> 4) * 8;
@@ -175,12 +164,12 @@ __device__ inline void add_weighted_columns(const Weights<Parts, Columns>& weigh
         for (int i = 0; i < 4; ++i) seen[i] = weights[step / 16][0][i] & 0x7fff7fffu;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const uint32_t bad[2] = {take_non_finite<Part>(b[i][0][0]), take_non_finite<Part>(b[i][0][1])};
-          mma_m16n8k16(non_finite[i], seen, bad, Part{});
+          const uint32_t bad[2] = {take_non_finite(b[i][0][0]), take_non_finite(b[i][0][1])};
+          mma_m16n8k16(non_finite[i], seen, bad, bfloat16{});
         }
       }
-      add_product<Part, Parts>(weights[step / 16], b[0], sums[at / 8]);
-      add_product<Part, Parts>(weights[step / 16], b[1], sums[at / 8 + 1]);
+      add_product<Parts>(weights[step / 16], b[0], sums[at / 8]);
+      add_product<Parts>(weights[step / 16], b[1], sums[at / 8 + 1]);
     }
     if constexpr (Partly)
 #pragma unroll

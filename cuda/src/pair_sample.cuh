@@ -8,7 +8,7 @@
 #pragma once
 #include "bucket_index.cuh"
 #include "core/philox.h"
-#include "device/warp.cuh"
+#include "operand_rows.cuh"
 
 namespace subquad::cuda {
 
@@ -51,8 +51,7 @@ __device__ inline SideRow side_row_of_warp(const PairSide& side, int64_t batch, 
   const int64_t row = int64_t(blockIdx.x) * warps + warp_id();
   SideRow at = {row / side.seq / side.heads, row / side.seq % side.heads, row % side.seq,
                 row < batch * side.heads * side.seq, true};
-  if (at.exists && side.mask.data)
-    at.kept = static_cast<const uint8_t*>(side.mask.data)[at.b * side.mask.stride[0] + at.n * side.mask.stride[1]];
+  if (at.exists) at.kept = is_kept(side.mask, at.b, at.n);
   return at;
 }
 
@@ -83,11 +82,6 @@ struct PairBoard {
   PairHead head;  // its candidates
 };
 
-template <class T>
-__device__ inline T* row_of(const Operand& x, int64_t b, int64_t h, int64_t n) {
-  return static_cast<T*>(x.data) + b * x.stride[0] + h * x.stride[1] + n * x.stride[2];
-}
-
 /// Puts up what the warp has to know of a target and the candidates of one head.
 template <class T, class V>
 __device__ inline void put_head(const PairProblem& p, int64_t member, PairBoard& board) {
@@ -95,7 +89,7 @@ __device__ inline void put_head(const PairProblem& p, int64_t member, PairBoard&
   const PairSide& side = p.candidates;
   const int64_t head = p.targets_are_queries ? h / p.group : h * p.group + member;
   PairHead at = {};
-  at.unit = row_of<const T>(side.unit, b, head, 0), at.value = row_of<const V>(side.value, b, head, 0);
+  at.unit = element<const T>(side.unit, b, head), at.value = element<const V>(side.value, b, head);
   at.scales = side.scales + (b * side.heads + head) * side.seq;
   at.index = index_of(side.index, b, head, 0);
   const Operand& codes = p.targets.codes;

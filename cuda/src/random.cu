@@ -6,9 +6,9 @@ namespace subquad::cuda {
 namespace {
 
 const char* run(const Queue& queue, const RandomArgs& args, void*) {
-  const int64_t counters = args.leading * args.rows * ((args.cols + 3) / 4), most = 0x7fffffff;
+  const int64_t counters = args.leading * args.rows * ceil_div(args.cols, kRandomColumns), most = 0x7fffffff;
   if (counters == 0) return nullptr;
-  const int64_t blocks = (counters + kRandomThreads - 1) / kRandomThreads;
+  const int64_t blocks = ceil_div(counters, kRandomThreads);
   const auto kernel = args.distribution == Distribution::uniform  ? random_kernel<Distribution::uniform>
                       : args.distribution == Distribution::normal ? random_kernel<Distribution::normal>
                                                                   : random_kernel<Distribution::sign>;

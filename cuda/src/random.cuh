@@ -4,12 +4,14 @@
 /// and 16 bytes pass in the time of 98: uniforms and signs are about bound by memory, normals run at a third of it.
 #pragma once
 #include "core/philox.h"
+#include "device/arithmetic.cuh"
 #include "exact_float.cuh"
 #include "ops/random_args.h"
 
 namespace subquad::cuda {
 
 static constexpr int kRandomThreads = 256;
+static constexpr int kRandomColumns = 4;  // of a counter
 
 /// ln((w + 1) 2^-32) to about one unit in the last place, also where it is close to zero.
 __device__ inline ExactFloat log_of_word(uint32_t w) {
@@ -76,16 +78,18 @@ __device__ inline float4 numbers_of(const philox::Words& words) {
 
 template <Distribution kDistribution>
 __global__ void __launch_bounds__(kRandomThreads) random_kernel(const __grid_constant__ RandomArgs args) {
-  const int64_t counters_a_row = (args.cols + 3) / 4, count = args.leading * args.rows * counters_a_row;
+  const int64_t counters_a_row = ceil_div(args.cols, kRandomColumns);
+  const int64_t count = args.leading * args.rows * counters_a_row;
   const uint64_t seed = args.seed_ptr ? uint64_t(*args.seed_ptr) : args.seed;
   const int64_t step = int64_t(gridDim.x) * kRandomThreads;
   for (int64_t i = int64_t(blockIdx.x) * kRandomThreads + threadIdx.x; i < count; i += step) {
-    const int64_t row = i / counters_a_row, quad = i - row * counters_a_row, l = row / args.rows,
-                  n = row - l * args.rows;
+    const Quotient row = divide(i, counters_a_row), matrix = divide(row.whole, args.rows);
+    const int64_t quad = row.rest, n = matrix.rest, l = matrix.whole;
     const float4 x =
         numbers_of<kDistribution>(philox::words(seed, uint32_t(n), uint32_t(quad), uint32_t(l), args.stream));
-    float* out = static_cast<float*>(args.out.data) + l * args.out.stride[0] + n * args.out.stride[1] + 4 * quad;
-    const int64_t left = args.cols - 4 * quad;
+    float* out =
+        static_cast<float*>(args.out.data) + l * args.out.stride[0] + n * args.out.stride[1] + kRandomColumns * quad;
+    const int64_t left = args.cols - kRandomColumns * quad;
     if (left >= 4 && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
       *reinterpret_cast<float4*>(out) = x;
     } else {

@@ -21,13 +21,13 @@
 /// is 3.5 rows and a prefix row, 900 B: 4.1 ms. With 14 bits it is about 1 row, 200 to 330 B: 0.9 to 1.5 ms, and 1 and
 /// 2 find few segments: 0.2 ms. Blocks of 256 threads with 16 KiB, 4 an SM.
 #pragma once
+#include "bucket_codes.cuh"
 #include "bucket_segments.cuh"
-#include "device/warp.cuh"
+#include "operand_rows.cuh"
 
 namespace subquad::cuda {
 
-static constexpr int kSegment = 8;         // places
-static constexpr int kSegmentColumns = 4;  // of a lane
+static constexpr int kSegment = 8;  // places
 static constexpr int kSegmentThreads = 256;
 static constexpr int kSegmentWarps = kSegmentThreads / kWarp;
 static constexpr int kSegmentPlaces = 128;  // that a warp looks through
@@ -40,46 +40,15 @@ struct SegmentArgs {
   bool wide_rows, wide_out;  // rows may be read, outputs written in vectors
 };
 
-/// The place of x[i, j, k, 0].
-__device__ inline int64_t offset_of(const Operand& x, int64_t i, int64_t j, int64_t k) {
-  return i * x.stride[0] + j * x.stride[1] + k * x.stride[2];
-}
-
-/// Columns [first, first + kSegmentColumns) of a row, those below `dim`.
+/// Columns [first, first + kQuad) of a row, those below `dim`.
 struct SegmentColumns {
   int first, dim;
   __device__ bool exist() const { return first < dim; }
 };
 
-struct alignas(16) Sum4 {
-  float value[kSegmentColumns];
-};
-
-template <class T>
-struct alignas(sizeof(T) * kSegmentColumns) Vector4 {
-  T value[kSegmentColumns];
-};
-
-__device__ inline void add(Sum4& sum, const Sum4& x) {
+__device__ inline void add(Quad<float>& sum, const Quad<float>& x) {
 #pragma unroll
-  for (int i = 0; i < kSegmentColumns; ++i) sum.value[i] += x.value[i];
-}
-
-/// Elements of a row as floats, zeros behind its last. `wide`: it may be read in vectors.
-template <class T>
-__device__ inline Sum4 load_columns(const T* row, SegmentColumns columns, bool wide) {
-  Vector4<T> raw = {};
-  if (wide) {
-    if (columns.exist()) raw = *reinterpret_cast<const Vector4<T>*>(row + columns.first);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kSegmentColumns; ++i)
-      if (columns.first + i < columns.dim) raw.value[i] = row[columns.first + i];
-  }
-  Sum4 x;
-#pragma unroll
-  for (int i = 0; i < kSegmentColumns; ++i) x.value[i] = to_float(raw.value[i]);
-  return x;
+  for (int i = 0; i < kQuad; ++i) sum.value[i] += x.value[i];
 }
 
 /// A group of lanes that share a row.
@@ -90,7 +59,7 @@ struct SegmentGroup {
 };
 
 __device__ inline SegmentColumns columns_of(const SegmentArgs& a, SegmentGroup group, unsigned slice) {
-  return {(int(slice) * group.lanes + group.lane) * kSegmentColumns, int(a.problem.dim)};
+  return {(int(slice) * group.lanes + group.lane) * kQuad, int(a.problem.dim)};
 }
 
 /// Where the prefix rows of row (b, head, r) of the sorted sources begin.
@@ -169,18 +138,18 @@ __global__ void __launch_bounds__(kSegmentThreads, 4) segment_sums_kernel(const 
   if (!task.exists) return;
   const SegmentGroup group(a.lanes_log2);
   const SegmentColumns columns = columns_of(a, group, task.slice);
-  const T* rows = static_cast<const T*>(a.problem.rows.data) + offset_of(a.problem.rows, task.b, task.head, 0);
+  const T* rows = element<const T>(a.problem.rows, task.b, task.head);
   const auto ends_segment = [](int place, Places bucket) { return (place + 1 - bucket.begin) % kSegment == 0; };
   for_chosen_places(task, group, ends_segment, [&](int place, Places) {
-    Sum4 x[kSegment];
+    Quad<float> x[kSegment];
     const int32_t* tokens = task.index.order + place - (kSegment - 1);
 #pragma unroll
     for (int i = 0; i < kSegment; ++i)
-      x[i] = load_columns(rows + tokens[i] * a.problem.rows.stride[2], columns, a.wide_rows);
+      x[i] = load_quad(rows + tokens[i] * a.problem.rows.stride[2], columns.first, columns.dim, a.wide_rows);
 #pragma unroll
     for (int i = 1; i < kSegment; ++i) add(x[0], x[i]);
     float* to = task.prefix + prefix_offset(a, place + 1) + columns.first;
-    if (columns.exist()) *reinterpret_cast<Sum4*>(to) = x[0];
+    if (columns.exist()) *reinterpret_cast<Quad<float>*>(to) = x[0];
   });
 }
 
@@ -197,34 +166,26 @@ static __global__ void __launch_bounds__(kSegmentThreads)
     const int count = (bucket.end - bucket.begin) / kSegment;
     const int64_t pitch = a.segments.pitch;
     float* segment = task.prefix + prefix_offset(a, bucket.begin + kSegment) + columns.first;
-    Sum4 sum = *reinterpret_cast<const Sum4*>(segment);
+    Quad<float> sum = *reinterpret_cast<const Quad<float>*>(segment);
     for (int k = 1; k < count; k += kAhead) {
-      Sum4 x[kAhead];
+      Quad<float> x[kAhead];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i)
-        if (k + i < count) x[i] = *reinterpret_cast<const Sum4*>(segment + (k + i) * pitch);
+        if (k + i < count) x[i] = *reinterpret_cast<const Quad<float>*>(segment + (k + i) * pitch);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i)
         if (k + i < count) {
           add(sum, x[i]);
-          *reinterpret_cast<Sum4*>(segment + (k + i) * pitch) = sum;
+          *reinterpret_cast<Quad<float>*>(segment + (k + i) * pitch) = sum;
         }
     }
   });
 }
 
-/// The code of a target, -1 if it is masked.
-__device__ inline int32_t code_of_target(const BucketSide& side, unsigned b, unsigned head, int r, unsigned target) {
-  if (side.mask.data && !static_cast<const uint8_t*>(side.mask.data)[b * side.mask.stride[0] + target]) return -1;
-  const int64_t place = offset_of(side.codes, b, head, r) + target;
-  return side.codes.dtype == DType::u16 ? static_cast<const uint16_t*>(side.codes.data)[place]
-                                        : static_cast<const int32_t*>(side.codes.data)[place];
-}
-
 /// The places of a bucket that a target sees; they are the first ones in any order.
-__device__ inline Places visible_places(const BucketProblem& p, const BucketIndex& index, int32_t code,
+__device__ inline Places visible_places(const BucketProblem& p, const BucketIndex& index, RawCode code,
                                         unsigned target) {
-  const BucketRange bucket = find_bucket(index, code);
+  const BucketRange bucket = find_bucket(index, code_or(code, p.num_buckets, -1));
   const int begin = int(bucket.begin);
   int end = int(bucket.end);
   if (!p.causal) return {begin, end};
@@ -283,48 +244,29 @@ __device__ inline SegmentCounts list_segments(const SegmentArgs& a, SegmentGroup
 /// Adds the rows whose offsets are listed, kAhead of them under way at a time. The whole warp takes as many steps as
 /// its longest list.
 template <int kAhead, bool Wide, class T>
-__device__ inline void add_rows(const int64_t* list, int count, const T* rows, SegmentColumns columns, Sum4& sum) {
+__device__ inline void add_rows(const int64_t* list, int count, const T* rows, SegmentColumns columns,
+                                Quad<float>& sum) {
   const int longest = __reduce_max_sync(kFullMask, count);
   for (int k = 0; k < longest; k += kAhead) {
-    Sum4 x[kAhead] = {};
+    Quad<float> x[kAhead] = {};
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)
-      if (k + i < count) x[i] = load_columns(rows + list[k + i], columns, Wide);
+      if (k + i < count) x[i] = load_quad(rows + list[k + i], columns.first, columns.dim, Wide);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) add(sum, x[i]);
   }
 }
 
-template <class T>
-__device__ inline void store_columns_as(const Sum4& sum, T* row, SegmentColumns columns, bool wide) {
-  Vector4<T> y;
-#pragma unroll
-  for (int i = 0; i < kSegmentColumns; ++i) from_float(sum.value[i], &y.value[i]);
-  if (wide && columns.exist()) {
-    *reinterpret_cast<Vector4<T>*>(row + columns.first) = y;
-  } else if (!wide) {
-#pragma unroll
-    for (int i = 0; i < kSegmentColumns; ++i)
-      if (columns.first + i < columns.dim) row[columns.first + i] = y.value[i];
-  }
-}
-
-__device__ inline void store_columns(const Sum4& sum, const Operand& out, int64_t offset, SegmentColumns columns,
-                                     bool wide) {
-  if (out.dtype == DType::f32) store_columns_as(sum, static_cast<float*>(out.data) + offset, columns, wide);
-  if (out.dtype == DType::f16) store_columns_as(sum, static_cast<half*>(out.data) + offset, columns, wide);
-  if (out.dtype == DType::bf16) store_columns_as(sum, static_cast<bfloat16*>(out.data) + offset, columns, wide);
-}
-
 /// The sum of a target over source heads and hashes; `exists` is false behind the last target.
 template <class T>
-__device__ inline Sum4 gather_target(const SegmentArgs& a, SegmentGroup group, SegmentColumns columns, unsigned b,
-                                     unsigned target_head, unsigned target, bool exists, SegmentLists& lists) {
+__device__ inline Quad<float> gather_target(const SegmentArgs& a, SegmentGroup group, SegmentColumns columns,
+                                            unsigned b, unsigned target_head, unsigned target, bool exists,
+                                            SegmentLists& lists) {
   const BucketProblem& p = a.problem;
   const int64_t* rows_listed = lists.rows + group.index * group.lanes * (kSegment - 1);
   const int64_t* prefixes_listed = lists.prefixes + group.index * group.lanes;
   const unsigned sources = unsigned(p.sources.group), first_head = target_head / unsigned(p.targets.group) * sources;
-  Sum4 sum = {};
+  Quad<float> sum = {};
   for (unsigned head = first_head; head < first_head + sources; ++head)
     for (int hash = 0; hash < int(p.num_hashes); hash += group.lanes) {
       const int r = hash + group.lane;
@@ -332,12 +274,12 @@ __device__ inline Sum4 gather_target(const SegmentArgs& a, SegmentGroup group, S
       const int32_t* order = nullptr;
       if (exists && r < int(p.num_hashes)) {
         const BucketIndex index = index_of(a.segments.index, b, head, r);
-        seen = visible_places(p, index, code_of_target(p.targets, b, target_head, r, target), target);
+        seen = visible_places(p, index, load_raw(p.targets, b, target_head, r, target), target);
         order = index.order;
       }
       const SegmentCounts counts = list_segments(a, group, b, head, r, seen, order, lists);
       add_rows<4, true>(prefixes_listed, counts.prefixes, a.segments.prefix, columns, sum);
-      const T* rows = static_cast<const T*>(p.rows.data) + offset_of(p.rows, b, head, 0);
+      const T* rows = element<const T>(p.rows, b, head);
       if (a.wide_rows)
         add_rows<8, true>(rows_listed, counts.rows, rows, columns, sum);
       else
@@ -348,7 +290,7 @@ __device__ inline Sum4 gather_target(const SegmentArgs& a, SegmentGroup group, S
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSegmentThreads) segment_gather_kernel(const __grid_constant__ SegmentArgs a) {
+__global__ void __launch_bounds__(kSegmentThreads, 3) segment_gather_kernel(const __grid_constant__ SegmentArgs a) {
   __shared__ SegmentLists lists[kSegmentWarps];
   const BucketProblem& p = a.problem;
   const SegmentGroup group(a.lanes_log2);
@@ -357,11 +299,11 @@ __global__ void __launch_bounds__(kSegmentThreads) segment_gather_kernel(const _
   const SegmentColumns columns = columns_of(a, group, blockIdx.x % a.slices);
   const unsigned target = (tile * kSegmentWarps + unsigned(warp_id())) * unsigned(group.count) + unsigned(group.index);
   const bool exists = target < unsigned(p.targets.tokens);
-  Sum4 sum = gather_target<T>(a, group, columns, b, head, target, exists, lists[warp_id()]);
+  Quad<float> sum = gather_target<T>(a, group, columns, b, head, target, exists, lists[warp_id()]);
   if (!exists) return;
 #pragma unroll
-  for (int i = 0; i < kSegmentColumns; ++i) sum.value[i] *= p.scale;
-  store_columns(sum, p.out, offset_of(p.out, b, head, target), columns, a.wide_out);
+  for (int i = 0; i < kQuad; ++i) sum.value[i] *= p.scale;
+  visit_row(p.out, b, head, target, [&](auto* row) { store_quad(sum, row, columns.first, columns.dim, a.wide_out); });
 }
 
 }  // namespace subquad::cuda

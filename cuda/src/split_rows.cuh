@@ -3,12 +3,12 @@
 ///   data[row][part][column],   x = sum_part data[part],   columns padded with zeros to a multiple of 16
 ///
 /// and, where lengths matter, with factors that make of a product of two copies their cosine. A masked row becomes
-/// zeros, so that whatever it holds meets no product. A bfloat16 is one part, a half is itself or two parts of
-/// bfloat16, a float is three. One and two parts hold the row as it is (over a power of two where its squares leave the
+/// zeros, so that whatever it holds meets no product. A bfloat16 is one part, a half is two parts of bfloat16,
+/// a float is three. One and two parts hold the row as it is (over a power of two where its squares leave the
 /// range of float) and the factor is 1 / length; three parts hold the unit row. A warp copies a row. One read and one
 /// write of every element: bound by memory.
 #pragma once
-#include "core/operand.h"
+#include "operand_rows.cuh"
 #include "unit_row.cuh"
 
 namespace subquad::cuda {
@@ -35,23 +35,6 @@ struct SplitTasks {
   int64_t batch;
 };
 
-__device__ inline bool is_kept(const Operand& mask, int64_t b, int64_t n) {
-  return !mask.data || static_cast<const bool*>(mask.data)[b * mask.stride[0] + n * mask.stride[1]];
-}
-
-/// The first element of row n of x.
-template <class T>
-__device__ inline T* row_of(const Operand& x, int64_t b, int64_t h, int64_t n) {
-  return static_cast<T*>(x.data) + b * x.stride[0] + h * x.stride[1] + n * x.stride[2];
-}
-
-template <int Count>
-__device__ inline WarpRow<Count> load_any_row(const Operand& x, int64_t b, int64_t h, int64_t n, int64_t dim) {
-  if (x.dtype == DType::f32) return load_row<Count>(row_of<const float>(x, b, h, n), dim);
-  if (x.dtype == DType::f16) return load_row<Count>(row_of<const half>(x, b, h, n), dim);
-  return load_row<Count>(row_of<const bfloat16>(x, b, h, n), dim);
-}
-
 /// 1 / the length of the row after it is divided by its power of two; 0 for a row of zeros.
 template <int Count>
 __device__ inline double invert_length(WarpRow<Count>& row) {
@@ -64,8 +47,8 @@ __device__ inline double invert_length(WarpRow<Count>& row) {
 }
 
 /// The parts of x, each the nearest to what the ones before it leave.
-template <class Part, int Parts>
-__device__ inline void split(float x, Part (&parts)[Parts]) {
+template <int Parts>
+__device__ inline void split(float x, bfloat16 (&parts)[Parts]) {
   from_float(x, &parts[0]);
   const float infinity = bits_to_float(0x7f800000u);
   // Floats above the largest bfloat16 would round to infinity; infinity and NaN leave nothing behind.
@@ -79,7 +62,7 @@ __device__ inline void split(float x, Part (&parts)[Parts]) {
   }
 }
 
-template <int Count, class Part, int Parts>
+template <int Count, int Parts>
 __global__ void __launch_bounds__(kSplitThreads) split_rows_kernel(const __grid_constant__ SplitTasks tasks) {
   const SplitTask& task = tasks.task[blockIdx.y];
   const SplitRows& to = task.to;
@@ -87,7 +70,8 @@ __global__ void __launch_bounds__(kSplitThreads) split_rows_kernel(const __grid_
   if (row >= tasks.batch * to.heads * to.seq) return;
   const int64_t head = row / to.seq, n = row % to.seq, b = head / to.heads;
   WarpRow<Count> x = {};
-  if (is_kept(task.mask, b, n)) x = load_any_row<Count>(task.x, b, head % to.heads, n, task.dim);
+  if (is_kept(task.mask, b, n))
+    visit_row(task.x, b, head % to.heads, n, [&](const auto* from) { x = load_row<Count>(from, task.dim); });
   if (to.factor) {
     double factor = invert_length(x);
     if (Parts == 3) {
@@ -97,12 +81,12 @@ __global__ void __launch_bounds__(kSplitThreads) split_rows_kernel(const __grid_
     }
     if (lane_id() == 0) to.factor[head * to.factor_pitch + n] = float(factor);
   }
-  Part* data = static_cast<Part*>(to.data) + row * Parts * to.width;
+  bfloat16* data = static_cast<bfloat16*>(to.data) + row * Parts * to.width;
 #pragma unroll
   for (int i = 0; i < Count; ++i) {
     const int column = lane_id() + kWarp * i;
     if (column >= to.width) continue;
-    Part parts[Parts];
+    bfloat16 parts[Parts];
     split(x.value[i], parts);
 #pragma unroll
     for (int part = 0; part < Parts; ++part) data[part * to.width + column] = parts[part];

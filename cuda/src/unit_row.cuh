@@ -14,13 +14,6 @@ struct Length {
 /// x * 2^exponent, rounded once.
 __device__ inline float times_power(float x, int exponent) { return ldexpf(x, exponent); }
 
-/// The largest x over the lanes of a team, the same in all of them.
-template <int Team>
-__device__ inline float team_max(float x) {
-  for (int step = Team / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kFullMask, x, step));
-  return x;
-}
-
 /// The length of the row whose columns the lanes of a team hold, and the row divided by its power of two, so that
 /// row / significand is the unit row. For whole warps.
 template <int Team, int Count>

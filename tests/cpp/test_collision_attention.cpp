@@ -12,13 +12,19 @@ bool too_wide(const Sizes& s) { return check::emulated() && std::max(s.d, s.e) >
 /// Problems that would take the emulated row seconds.
 bool too_long(const Sizes& s) { return check::emulated() && s.batch * s.heads * s.n * s.m > 12 * 40 * 80; }
 
+/// The rules differ in one step for every pair, so that larger problems take turns where they are slow.
+bool left_to_others(const Sizes& s, GradientRule rule) {
+  const int64_t turn = s.n + s.m + s.d + s.e + s.causal + int64_t(s.dtype);
+  return check::emulated() && s.n * s.m > 500 && (turn % 2 == 0) != (rule == GradientRule::exact);
+}
+
 void check_problem(const Sizes& sizes) {
   Problem p(sizes);
   for (GradientRule rule : {GradientRule::exact, GradientRule::lower_bound}) {
     const Reference<double> exact(p, rule, true);
     const Reference<float> plain(p, rule, true);
     check::for_each_isa([&](const std::string&) {
-      if (too_wide(sizes) || too_long(sizes)) return;
+      if (too_wide(sizes) || too_long(sizes) || left_to_others(sizes, rule)) return;
       p.forward();
       p.backward(rule);
       check_budget("out", p.s, p.out, exact.out, plain.out);
@@ -236,6 +242,8 @@ TEST(strides_and_threads_do_not_change_bits) {
       one.forward(1), one.backward(GradientRule::exact, 1);
       s.strided = true;
       for (int threads : {1, 2, 3, 16}) {
+        // The kernels know nothing of the queue's threads.
+        if (check::emulated() && threads > 1) break;
         Problem other(s);
         other.forward(threads), other.backward(GradientRule::exact, threads);
         CHECK(same_bits(one.out, other.out) && same_bits(one.dq, other.dq));

@@ -7,6 +7,7 @@ that build, linked with new objects of the .cu files that the fault reaches. Exi
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -104,9 +105,10 @@ def link_mutant(fault, objects, commands, folder, place):
     """The mutant's test program. The linker takes an object given by name before one of the archive."""
     program = place / fault.test
     tests = (folder / f"tests/cpp/CMakeFiles/{fault.test}.dir").rglob("*.o")
-    compiler = shlex.split(next(iter(commands.values()))["command"])[0]
+    words = shlex.split(next(iter(commands.values()))["command"])
+    compiler = [words[0], *(w for w in words if w.startswith("-fsanitize="))]
     archive = folder / "cpp/libsubquad.a"
-    run_quietly([compiler, *tests, *objects, archive, "-o", program, "-pthread", "-ldl"], fault, "link")
+    run_quietly([*compiler, *tests, *objects, archive, "-o", program, "-pthread", "-ldl"], fault, "link")
     return program
 
 
@@ -125,21 +127,24 @@ def failure(program, case, schedule):
     return f"{order} {landing}: {said.group(0) if said else f'exit status {run.returncode}'}"
 
 
+@functools.cache
+def check_unmutated(program, case, schedule):
+    """What is to catch a fault passes without one; a part that names no case fails here."""
+    failed = failure(program, case, schedule)
+    if failed:
+        raise SystemExit(f"without a fault {program.name} {case} fails: {failed}")
+
+
 def try_fault(fault, commands, folder):
     """How the fault was caught, or None."""
     with tempfile.TemporaryDirectory() as place:
         objects = compile_mutant(fault, commands, Path(place))
         program = link_mutant(fault, objects, commands, folder, Path(place))
-        return next(filter(None, (failure(program, fault.case, schedule) for schedule in SCHEDULES)), None)
-
-
-def check_unmutated(faults, folder):
-    """Without a fault every case that is to catch one passes; a part that names no case fails here."""
-    runs = sorted({(f.test, f.case, s) for f in faults for s in SCHEDULES})
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for run, failed in pool.map(lambda r: (r, failure(folder / "tests/cpp" / r[0], r[1], r[2])), runs):
-            if failed:
-                raise SystemExit(f"without a fault {run[0]} {run[1]} fails: {failed}")
+        for schedule in SCHEDULES:
+            caught = failure(program, fault.case, schedule)
+            if caught:
+                check_unmutated(folder / "tests/cpp" / fault.test, fault.case, schedule)
+                return caught
 
 
 def main():
@@ -156,7 +161,6 @@ def main():
         return print(*faults, sep="\n")
     folder = arguments.build.resolve()
     commands = build(folder, sorted({f.test for f in faults}))
-    check_unmutated(faults, folder)
     missed = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for fault, caught in pool.map(lambda f: (f, try_fault(f, commands, folder)), faults):

@@ -35,7 +35,8 @@ Plan make_plan(const Queue& queue, const BucketAttentionArgs& a, bool backward) 
   Plan p = {};
   p.group = a.heads_kv ? a.heads_q / a.heads_kv : 0;
   p.chunk = larger(1, smaller(p.group, kChunkRows / larger(a.seq_q, 1)));
-  p.chunks = (p.group + p.chunk - 1) / p.chunk;
+  // Without query heads there is still a gradient to fill with zeros.
+  p.chunks = larger(1, (p.group + p.chunk - 1) / p.chunk);
   const int64_t queries = p.group * a.seq_q, chunk_queries = p.chunk * a.seq_q;
   p.sources = backward ? queries : a.seq_k;
   p.targets = backward ? a.seq_k : queries;

@@ -1,5 +1,6 @@
 /// How host code starts a kernel, and what every kernel's host part says.
 #pragma once
+#include "device/arithmetic.cuh"
 #include "device/language.cuh"
 #include "subquad/queue.h"
 
@@ -27,17 +28,19 @@ const char* launch(const Queue& queue, void (*kernel)(P...), dim3 grid, dim3 blo
   if (shared_bytes > 48 * 1024) {
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-    if (status == cudaErrorInvalidValue) {
-      cudaGetLastError();
-      return "the device has less shared memory for a block than the kernel needs";
-    }
+    if (status != cudaSuccess) cudaGetLastError();
+    if (status == cudaErrorInvalidValue) return "the device has less shared memory for a block than the kernel needs";
     if (status != cudaSuccess) return cudaGetErrorString(status);
   }
-  const cudaStream_t stream = static_cast<cudaStream_t>(queue.stream);
-  kernel<<<grid, block, shared_bytes, stream>>>(args...);
-  cudaError_t status = cudaGetLastError();
-  if (status == cudaSuccess && synchronises()) status = cudaStreamSynchronize(stream);
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(queue.stream);
+  // Its own status: the last error may be one that the caller has left behind.
+  cudaError_t status = cudaLaunchKernelEx(&config, kernel, args...);
+  if (status == cudaSuccess && synchronises()) status = cudaStreamSynchronize(config.stream);
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(status);
 #else
   (void)queue;
   return ::emulator::launch(kernel, grid, block, shared_bytes, args...);

@@ -61,18 +61,9 @@ __device__ inline StoredColumns<T> load_columns(const T* row, int dim) {
 
 __device__ inline void widen_word(uint32_t word, float* x, float) { x[0] = bits_to_float(word); }
 
-__device__ inline void widen_word(uint32_t word, float* x, bfloat16) {
-  x[0] = bits_to_float(word << 16), x[1] = bits_to_float(word & 0xffff0000u);
-}
-
-__device__ inline void widen_word(uint32_t word, float* x, half) {
-#if defined(__CUDACC__)
-  asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
-      : "=f"(x[0]), "=f"(x[1])
-      : "r"(word));
-#else
-  x[0] = to_float(half{uint16_t(word)}), x[1] = to_float(half{uint16_t(word >> 16)});
-#endif
+template <class T>
+__device__ inline void widen_word(uint32_t word, float* x, T) {
+  x[0] = to_float(T{uint16_t(word)}), x[1] = to_float(T{uint16_t(word >> 16)});
 }
 
 template <class T>
@@ -116,14 +107,6 @@ __device__ inline void store_columns(const float (&x)[kLaneColumns], T* row, int
     if constexpr (Wide)
       if (column < dim) *reinterpret_cast<uint4*>(row + column) = {word[0], word[1], word[2], word[3]};
   }
-}
-
-/// The sum over the lanes of a team, the same bits in all of them.
-template <int Team>
-__device__ inline float team_sum(float x) {
-#pragma unroll
-  for (int step = Team / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullMask, x, step);
-  return x;
 }
 
 /// The sum over the lanes at the same place of all teams, the same bits in all of them.

@@ -3,8 +3,8 @@
 XLA calls handlers through a C interface of versioned structs (xla/ffi/api/c_api.h, version 0.x). They are declared here
 with ctypes, so that nothing is compiled against a jaxlib and any jaxlib with that interface serves. The handlers see
 XLA's own buffers: operands are not copied, and no thread of XLA waits for another. The one for the CPU is here, that
-for CUDA devices in _cuda.py. jax.pure_callback copies operands on
-XLA's threads, and can hang where as many computations that wait for copies are under way as there are threads.
+for CUDA devices in _cuda.py. jax.pure_callback copies operands on XLA's threads, and can hang where as many
+computations that wait for copies are under way as there are threads.
 """
 
 from __future__ import annotations
