@@ -32,7 +32,7 @@ def lsh_hash(
 ) -> Array:
     """SimHash bucket codes: bit j of hash r is set where projection (r, j) of a token is positive; bit 0 is the lowest.
 
-    x: [B, H, N, D] float32, float16 or bfloat16, D in 1..512.
+    x: [B, H, N, D] float32, float16 or bfloat16, D in 1..512 (256 on CUDA).
     planes: [R, J, D] or [Hp, R, J, D] float32, H a multiple of Hp: explicit hyperplanes, codes = signs of planes . x.
     signs: [3, P, D2] or [Hp, 3, P, D2] float32 of +-1 instead of planes: three rounds of sign flips and Walsh-Hadamard
         transforms, needs num_hashes and hash_bits; D2 is the power of two >= max(D, 64) and P the number of transforms.
@@ -40,7 +40,8 @@ def lsh_hash(
         them from one transform as the published code does, which makes collisions of far vectors up to 60 % too rare.
     Returns codes [B, H, R, N], uint16 up to 16 bits, else int32.
 
-    Hadamard codes are bit-equal on every backend; Gaussian ones outside |projection| <= D * 2^-23 * |x| * |plane|.
+    Hadamard codes are bit-equal on every backend; Gaussian ones outside |projection| <= D * 2^-23 * |x| * |plane|,
+    and between CPU and CUDA outside (D + 8) * 2^-22 * |x| * |plane|.
     Zero vectors and NaN give code 0.
     """
     call = Call("lsh_hash", x=x)

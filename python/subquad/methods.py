@@ -42,7 +42,7 @@ def yoso_attention(
     and a model has to be trained, or at least tuned, with it. The standard deviation of X falls as num_hashes^-1/2.
 
     q [B, H, N, D], k [B, Hkv, M, D], v [B, Hkv, M, E]: float32, float16 or bfloat16, H a multiple of Hkv, D and E in
-        1..512; any strides with a contiguous last axis.
+        1..512 (256 on CUDA); any strides with a contiguous last axis.
     num_hashes, hash_bits: the number of codes (samples) and bits per code, 1..24; hash_bits of about log2(M) is usual.
     hashing: "hadamard" (fast, nearly unbiased) or "gaussian" (exactly unbiased, slower); carving: see lsh_hash.
     planes [num_hashes, hash_bits, D] or signs [3, P, D2], each optionally with a leading Hkv axis: explicit randomness.

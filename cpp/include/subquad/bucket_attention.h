@@ -24,7 +24,7 @@ struct BucketAttentionOptions {
 /// @param v        [B, Hkv, M, E]   f32 | f16 | bf16; last axis contiguous; E in [1, 512]
 /// @param out      [B, H, N, E]     f32 | f16 | bf16; every element is written; must not overlap the inputs
 /// @throws std::invalid_argument or TypeMismatch if a line above is violated, or a code is outside [0, num_buckets)
-///         (checked on the CPU); Unsupported if no kernel fits.
+///         (checked on the CPU, and on CUDA with SUBQUAD_CHECK=1); Unsupported if no kernel fits.
 ///
 /// Promises: O((N + M) R E) time for any distribution of codes, also when all keys share a bucket; scratch memory
 /// O((H / Hkv N + M) (R + 64)) per thread whatever num_buckets; the same bits for any number of threads; sums in f32 in

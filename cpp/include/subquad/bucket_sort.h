@@ -8,7 +8,8 @@ namespace subquad {
 /// bucket c holds order[b,h,r, offsets[b,h,r,c] .. offsets[b,h,r,c+1]), and offsets[b,h,r,num_buckets] counts valid
 /// tokens.
 ///
-/// @param codes        [B, H, R, N]                u16 | i32, values in [0, num_buckets) (checked on the CPU).
+/// @param codes        [B, H, R, N]                u16 | i32, values in [0, num_buckets) (checked on the CPU, and on
+///        CUDA with SUBQUAD_CHECK=1).
 /// @param num_buckets  in [1, 2^24].
 /// @param mask         [B, N]                      bool, True = keep; optional.
 /// @param order        [B, H, R, N]                i32

@@ -22,10 +22,11 @@ struct CollisionAttentionOptions {
 /// @param q, k, v  [B, H, N, D], [B, Hkv, M, D], [B, Hkv, M, E]   f32 | f16 | bf16, one dtype; D, E in [1, 512]
 /// @param out      [B, H, N, E]   f32 | f16 | bf16; every element is written; must not overlap the inputs
 /// @throws std::invalid_argument or TypeMismatch if a line above is violated; Unsupported if no kernel fits
-///         (on the CPU: a head dimension above 512).
+///         (on the CPU: a head dimension above 512; on CUDA: above 256).
 ///
 /// Promises: O(N M) time, O(N + M) memory; the same bits for any number of threads; products and sums in f32 (the AMX
-/// row multiplies bf16 weights with bf16 values); |error of u| < 2e-7; asynchronous on a CUDA queue.
+/// row multiplies bf16 weights with bf16 values; on a CUDA queue tensor cores multiply, bf16 as it is, f16 as two and f32
+/// as three parts of bf16, weights alike); |error of u| < 2e-7; asynchronous on a CUDA queue.
 SUBQUAD_API void collision_attention(const Queue& queue, ConstTensor q, ConstTensor k, ConstTensor v,
                                      const CollisionAttentionOptions& options, Tensor out, Workspace workspace);
 SUBQUAD_API int64_t collision_attention_workspace_bytes(const Queue& queue, ConstTensor q, ConstTensor k, ConstTensor v,

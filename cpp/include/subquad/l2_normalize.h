@@ -11,7 +11,7 @@ namespace subquad {
 ///        it
 /// @param lse  [B, H, N]     f32; optional
 /// @throws std::invalid_argument or TypeMismatch if a line above is violated; Unsupported if no kernel fits
-///         (on the CPU: a head dimension above 512).
+///         (on the CPU: a head dimension above 512; on CUDA: above 256).
 ///
 /// Promises: no overflow or underflow for any finite row; f32 arithmetic; deterministic; asynchronous on a CUDA queue.
 SUBQUAD_API void l2_normalize(const Queue& queue, ConstTensor x, Tensor y, Tensor lse);

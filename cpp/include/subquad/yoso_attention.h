@@ -45,7 +45,7 @@ struct YosoOptions {
 /// @param out      [B, H, N, E]   like q; must not overlap the inputs
 /// @param lse      [B, H, N]      f32: ln |X|, -inf for a zero row; optional, needs `normalize`
 /// @throws std::invalid_argument or TypeMismatch if a line above is violated; Unsupported if no kernel fits
-///         (on the CPU: a head dimension above 512).
+///         (on the CPU: a head dimension above 512; on CUDA: above 256).
 ///
 /// Promises: sampled cost O((N + M) m (tau + E)), memory O(N + M); the same bits for any number of threads; an item
 /// alone equals the item in a batch; asynchronous on a CUDA queue.
