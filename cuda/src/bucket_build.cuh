@@ -1,16 +1,16 @@
 /// Tables of bucket_attention, first half: T[pair, hash, slice, bucket, column] = sum of the rows of a bucket.
 ///
 /// A warp owns 16 buckets of a hash and holds their sums in registers, lanes as columns (2 or 1 each): 32 warps own 512
-/// buckets of one hash, 256 of two, or 128 of four. A block reads the sources of all heads of the group in order, a tile
-/// at a time; the next tile is copied to shared memory meanwhile. A warp lists the tile's tokens of its own buckets by
-/// ballots, takes 32 of them at once, and adds their rows bucket by bucket. So sums are in token order, nothing
-/// collides, no atomic is needed, and one bucket's NaN leaves the others alone.
+/// buckets of one hash, 256 of two, or 128 of four. A block reads the sources of all heads of the group in order, a
+/// tile at a time; the next tile is copied to shared memory meanwhile. A warp lists the tile's tokens of its own
+/// buckets by ballots, takes 32 of them at once, and adds their rows bucket by bucket. So sums are in token order,
+/// nothing collides, no atomic is needed, and one bucket's NaN leaves the others alone.
 ///
 /// A token and hash of 64 bf16 columns cost 2.7 wavefronts of shared memory (row, shuffle, and the rest for the lists)
 /// and 29 instructions of a warp (13 for the row, 9 for the list, 4 for finding the bucket, 3 for the copies): for 96
 /// heads of 16384 tokens and 16 hashes of 8 bits 25e6 of them take 0.8 ms on an H200, where instruction issue is the
-/// limit. With 9 bits lists and buckets cost twice as much. Rows are read once for every 2 hashes, 1.6 GB from L2, which
-/// hide behind it. Shared memory: 84 KiB at 256 buckets; one block of 32 warps on an SM.
+/// limit. With 9 bits lists and buckets cost twice as much. Rows are read once for every 2 hashes, 1.6 GB from L2,
+/// which hide behind it. Shared memory: 84 KiB at 256 buckets; one block of 32 warps on an SM.
 #pragma once
 #include "bucket_codes.cuh"
 #include "device/async_copy.cuh"

@@ -25,8 +25,8 @@ struct CollisionAttentionOptions {
 ///         (on the CPU: a head dimension above 512; on CUDA: above 256).
 ///
 /// Promises: O(N M) time, O(N + M) memory; the same bits for any number of threads; products and sums in f32 (the AMX
-/// row multiplies bf16 weights with bf16 values; on a CUDA queue tensor cores multiply, bf16 as it is, f16 as two and f32
-/// as three parts of bf16, weights alike); |error of u| < 2e-7; asynchronous on a CUDA queue.
+/// row multiplies bf16 weights with bf16 values; on a CUDA queue tensor cores multiply, bf16 as it is, f16 as two and
+/// f32 as three parts of bf16, weights alike); |error of u| < 2e-7; asynchronous on a CUDA queue.
 SUBQUAD_API void collision_attention(const Queue& queue, ConstTensor q, ConstTensor k, ConstTensor v,
                                      const CollisionAttentionOptions& options, Tensor out, Workspace workspace);
 SUBQUAD_API int64_t collision_attention_workspace_bytes(const Queue& queue, ConstTensor q, ConstTensor k, ConstTensor v,

@@ -30,7 +30,8 @@ __device__ inline uint32_t pack(float low, float high, half) {
 }
 
 /// d += a b for a warp: a [16, 16], b [16, 8], d [16, 8]. With g = lane / 4, t = lane % 4:
-/// a[i] = A[g + 8 (i & 1)][2 t + 8 (i >> 1) + {0, 1}], b[i] = B[2 t + 8 i + {0, 1}][g], d[i] = D[g + 8 (i >> 1)][2 t + (i & 1)].
+/// a[i] = A[g + 8 (i & 1)][2 t + 8 (i >> 1) + {0, 1}], b[i] = B[2 t + 8 i + {0, 1}][g],
+/// d[i] = D[g + 8 (i >> 1)][2 t + (i & 1)].
 __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bfloat16) {
 #if defined(__CUDACC__)
   asm volatile(
