@@ -20,7 +20,7 @@ Path path_of(const BucketProblem& p) {
 
 const char* supports(const BucketAttentionArgs& args) {
   if (args.dim_v > kMaxHeadDim) return kTooWide;
-  if (args.seq_q > INT32_MAX || args.seq_k > INT32_MAX) return "more than 2^31 - 1 tokens";
+  if (args.seq_q > INT32_MAX || args.seq_k > INT32_MAX) return kTooManyTokens;
   return nullptr;
 }
 

@@ -119,7 +119,7 @@ const char* run(const Queue& queue, const BucketGradientArgs& args, void* worksp
 
 const char* supports(const BucketGradientArgs& args) {
   if (args.dim_qk > kMaxHeadDim || args.dim_v > kMaxHeadDim) return kTooWide;
-  if (args.seq_q > INT32_MAX || args.seq_k > INT32_MAX) return "more than 2^31 - 1 tokens";
+  if (args.seq_q > INT32_MAX || args.seq_k > INT32_MAX) return kTooManyTokens;
   return nullptr;
 }
 

@@ -6,11 +6,6 @@
 namespace subquad::cuda {
 namespace {
 
-/// Whether rows can be read or written four elements at a time.
-bool allows_quads(const Operand& x, int64_t dim) {
-  return dim % kQuad == 0 && has_aligned_rows(x, kQuad * dtype_bytes(x.dtype));
-}
-
 SegmentArgs segment_args(const BucketProblem& problem, const Segments& segments) {
   SegmentArgs a = {};
   a.problem = problem, a.segments = segments;

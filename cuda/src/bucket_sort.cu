@@ -1,4 +1,5 @@
 #include "bucket_sort.cuh"
+#include "device/launch.cuh"
 #include "table.h"
 
 namespace subquad::cuda {
@@ -24,7 +25,7 @@ const char* run(const Queue& queue, const BucketSortArgs& args, void* workspace)
 }
 
 const char* supports(const BucketSortArgs& args) {
-  if (args.seq > INT32_MAX) return "more than 2^31 - 1 tokens";
+  if (args.seq > INT32_MAX) return kTooManyTokens;
   return args.batch * args.heads * args.num_hashes > kMostSortRows ? "more than 2^31 - 1 rows of codes" : nullptr;
 }
 

@@ -2,6 +2,7 @@
 #include "bucket_build.cuh"
 #include "bucket_gather.cuh"
 #include "core/visit.h"
+#include "device/arithmetic.cuh"
 #include "device/launch.cuh"
 
 namespace subquad::cuda {
@@ -12,14 +13,12 @@ namespace {
 constexpr int64_t kTableBytes = int64_t(128) << 20;
 constexpr int64_t kMultiprocessors = 132;
 
-int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t slices_of(const BucketProblem& p) { return divided_up(p.dim, kSlice); }
+int64_t slices_of(const BucketProblem& p) { return ceil_div(p.dim, kSlice); }
 
 /// Blocks for all hashes and `columns` at a time.
 int64_t build_blocks(const TablesArgs& args, int64_t columns) {
   const BucketProblem& p = args.problem;
-  return args.pairs * divided_up(p.num_hashes, args.hashes) * args.group_blocks * divided_up(p.dim, columns);
+  return args.pairs * ceil_div(p.num_hashes, args.hashes) * args.group_blocks * ceil_div(p.dim, columns);
 }
 
 template <int Columns, class T>
@@ -33,15 +32,15 @@ const char* build(const Queue& queue, const TablesArgs& args) {
 
 const char* run_build(const Queue& queue, TablesArgs args) {
   const BucketProblem& p = args.problem;
-  const int64_t groups = divided_up(p.num_buckets, kOwnBuckets);
-  args.group_blocks = divided_up(groups, kBuildWarps);
-  args.groups = int(divided_up(groups, args.group_blocks));
+  const int64_t groups = ceil_div(p.num_buckets, kOwnBuckets);
+  args.group_blocks = ceil_div(groups, kBuildWarps);
+  args.groups = int(ceil_div(groups, args.group_blocks));
   args.vectors = has_aligned_rows(p.rows, 16);
   // Blocks of more hashes and columns read codes and rows less often, but enough blocks for all multiprocessors come
   // first.
   for (args.hashes = kBuildHashes; args.hashes > 1; --args.hashes)
     if (args.hashes * args.groups <= kBuildWarps && build_blocks(args, 64) >= 2 * kMultiprocessors) break;
-  args.hashes = int(divided_up(p.num_hashes, divided_up(p.num_hashes, args.hashes)));
+  args.hashes = int(ceil_div(p.num_hashes, ceil_div(p.num_hashes, args.hashes)));
   const bool wide = p.dim > kSlice && build_blocks(args, 64) >= kMultiprocessors;
   const char* status = nullptr;
   visit_float(p.rows.dtype, [&](auto tag) {
@@ -54,10 +53,10 @@ const char* run_build(const Queue& queue, TablesArgs args) {
 /// Time of a gathering in cycles for every hash: of shared memory, a wavefront for every row copied or added, or of L2,
 /// which gives a multiprocessor 24 bytes a cycle.
 int64_t gather_cost(const TablesArgs& args, int64_t targets, int chunks) {
-  const int64_t blocks = args.pairs * args.slices * divided_up(targets, chunks * kGatherTargets);
+  const int64_t blocks = args.pairs * args.slices * ceil_div(targets, chunks * kGatherTargets);
   const int64_t rows = args.problem.num_buckets, shared = rows + chunks * kGatherTargets;
   const int64_t l2 = rows * kSlice * int64_t(sizeof(float)) / 24;
-  return divided_up(blocks, kMultiprocessors) * (shared > l2 ? shared : l2);
+  return ceil_div(blocks, kMultiprocessors) * (shared > l2 ? shared : l2);
 }
 
 const char* run_gather(const Queue& queue, TablesArgs args) {
@@ -71,7 +70,7 @@ const char* run_gather(const Queue& queue, TablesArgs args) {
     if (gather_shared_bytes(p, chunks, false) <= most_shared &&
         gather_cost(args, targets, chunks) < gather_cost(args, targets, args.chunks))
       args.chunks = chunks;
-  args.tiles = divided_up(targets, args.chunks * kGatherTargets);
+  args.tiles = ceil_div(targets, args.chunks * kGatherTargets);
   args.vectors = has_aligned_rows(p.out, 4 * dtype_bytes(p.out.dtype));
   const char* status = nullptr;
   visit_float(p.out.dtype, [&](auto tag) {
@@ -89,7 +88,7 @@ Tables take_tables(Arena& arena, const BucketProblem& p) {
   const int64_t floats = p.num_hashes * slices_of(p) * piece_floats(p), pairs = p.batch * p.heads_kv;
   const int64_t fit = floats ? kTableBytes / (floats * int64_t(sizeof(float))) : pairs;
   // Equal parts.
-  const int64_t parts = divided_up(pairs, fit < 1 ? 1 : fit), once = parts ? divided_up(pairs, parts) : 0;
+  const int64_t parts = ceil_div(pairs, fit < 1 ? 1 : fit), once = parts ? ceil_div(pairs, parts) : 0;
   return {take<float>(arena, once * floats), once};
 }
 

@@ -5,11 +5,6 @@
 namespace subquad::cuda {
 namespace {
 
-/// Whether rows can be read or written four elements at a time.
-bool allows_quads(const Operand& x, int64_t dim) {
-  return dim % kQuad == 0 && has_aligned_rows(x, kQuad * dtype_bytes(x.dtype));
-}
-
 using Kernel = void (*)(L2NormalizeArgs);
 
 const char* launch_rows(const Queue& queue, const L2NormalizeArgs& args, Kernel kernel, int team) {

@@ -24,4 +24,9 @@ inline bool has_aligned_rows(const Operand& x, int64_t bytes) {
   return ((uint64_t(steps) | reinterpret_cast<uintptr_t>(x.data)) & uint64_t(bytes - 1)) == 0;
 }
 
+/// Whether rows of `dim` elements can be read or written four elements at a time.
+inline bool allows_quads(const Operand& x, int64_t dim) {
+  return dim % kQuad == 0 && has_aligned_rows(x, kQuad * dtype_bytes(x.dtype));
+}
+
 }  // namespace subquad::cuda

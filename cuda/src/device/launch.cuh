@@ -10,6 +10,9 @@ namespace subquad::cuda {
 static constexpr int64_t kMaxHeadDim = 256;
 static constexpr const char* kTooWide = "a head dimension above 256";
 
+/// Tokens are counted in 32 bits; what is said of more of them.
+static constexpr const char* kTooManyTokens = "more than 2^31 - 1 tokens";
+
 /// True if SUBQUAD_SYNC=1: every launch waits, so that a failure is reported by the operator that caused it.
 bool synchronises();
 
